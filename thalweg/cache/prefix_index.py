@@ -1,0 +1,232 @@
+"""The prefix index: a radix tree over units of tokens, per namespace.
+
+A node is one unit (128 tokens for V4) after its parent's. It holds the blocks of the compressed groups for its tokens
+and, at some boundaries, a checkpoint: the blocks of the sliding groups that are needed to resume right after it.
+The index never allocates: it keeps references to blocks that requests wrote.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from thalweg.cache.geometry import Group
+from thalweg.types import TokenArray
+
+_EVICTED_REMEMBERED = 1 << 16  # digests kept to tell `evicted` from `diverged`; 2 MiB at most
+
+Blocks = Mapping[Group, tuple[int, ...]]
+
+
+class UnitNode:
+    """One unit of a cached prefix. `depth` counts units from the root (whose depth is 0)."""
+
+    __slots__ = (
+        "alive", "blocks", "checkpoint", "children", "depth", "digest", "key", "parent", "pins", "queued", "used",
+    )  # fmt: skip
+
+    def __init__(self, parent: UnitNode | None, key: bytes, blocks: Mapping[Group, int], used: int) -> None:
+        self.parent = parent
+        self.key = key
+        self.depth: int = parent.depth + 1 if parent else 0
+        self.digest: bytes = blake2b((parent.digest if parent else b"") + key, digest_size=16).digest()
+        self.children: dict[bytes, UnitNode] = {}
+        self.blocks = dict(blocks)
+        self.checkpoint: dict[Group, tuple[int, ...]] | None = None
+        self.used = used
+        self.pins = 0
+        self.queued: set[int] = set()  # the eviction queues (by id) that have an entry of this unit
+        self.alive = True
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How far a prompt is known. `path` has the matching units from the first on; `resume` <= len(path) is the
+    number of units after which a checkpoint exists; `common_tokens` is the first token that differs."""
+
+    path: tuple[UnitNode, ...]
+    resume: int
+    common_tokens: int
+    next_was_evicted: bool
+
+
+class PrefixIndex:
+    """See the module. `unit_tokens` is the step of the tree."""
+
+    def __init__(self, unit_tokens: int) -> None:
+        self.unit_tokens = unit_tokens
+        self._roots: dict[bytes, UnitNode] = {}
+        self._clock = 0
+        self._leaves: list[tuple[int, int, UnitNode]] = []
+        self._checkpoints: list[tuple[int, int, UnitNode]] = []
+        self._serial = 0
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()
+        self.nodes = 0
+
+    def root(self, namespace: bytes) -> UnitNode:
+        """The root of a namespace, made on first use."""
+        if namespace not in self._roots:
+            self._roots[namespace] = UnitNode(None, namespace, {}, 0)
+        return self._roots[namespace]
+
+    def match(self, namespace: bytes, tokens: TokenArray, limit_units: int) -> Match:
+        """The longest known prefix of `tokens` within `limit_units` units. Changes nothing."""
+        node = self._roots.get(namespace)
+        if node is None:
+            return Match((), 0, 0, False)
+        path: list[UnitNode] = []
+        while len(path) < limit_units:
+            child = node.children.get(self._key(tokens, len(path)))
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        resume = next((n.depth for n in reversed(path) if n.checkpoint is not None), 0)
+        rest = tokens[len(path) * self.unit_tokens :]
+        common = len(path) * self.unit_tokens + max((_common(c.key, rest) for c in node.children.values()), default=0)
+        evicted = len(path) < limit_units and self._was_evicted(node, self._key(tokens, len(path)))
+        return Match(tuple(path), resume, common, evicted)
+
+    def touch(self, path: tuple[UnitNode, ...]) -> None:
+        """Mark units as used now."""
+        self._clock += 1
+        for node in path:
+            node.used = self._clock
+
+    def child(self, node: UnitNode, tokens: TokenArray) -> UnitNode | None:
+        """The known unit after `node` with the same tokens as the sequence `tokens` has there."""
+        return node.children.get(self._key(tokens, node.depth))
+
+    def insert(self, node: UnitNode, tokens: TokenArray, blocks: Mapping[Group, int]) -> UnitNode:
+        """Add the unit after `node`. The caller has given the index its references."""
+        self._clock += 1
+        key = self._key(tokens, node.depth)
+        assert node.alive and key not in node.children, "a unit was inserted twice or under a dead one"
+        child = UnitNode(node, key, blocks, self._clock)
+        node.children[key] = child
+        self._evicted.pop(child.digest, None)
+        self.nodes += 1
+        self._offer(self._leaves, child)
+        return child
+
+    def set_checkpoint(self, node: UnitNode, blocks: Blocks) -> None:
+        """Attach a checkpoint to a unit that has none. The caller has given the index its references."""
+        assert node.alive and node.checkpoint is None, "a checkpoint was set twice or on a dead unit"
+        node.checkpoint = dict(blocks)
+        self._offer(self._checkpoints, node)
+
+    def pin(self, node: UnitNode) -> None:
+        """Protect a unit from eviction while a request stands on it."""
+        node.pins += 1
+
+    def unpin(self, node: UnitNode) -> None:
+        assert node.pins > 0, "unpinned more often than pinned"
+        node.pins -= 1
+        if node.alive and node.parent is not None and not node.children:
+            self._offer(self._leaves, node)
+
+    def evict_unit(self, evictable: Callable[[UnitNode], bool]) -> UnitNode | None:
+        """Remove the least recently used leaf that nobody stands on and `evictable` accepts; None if there is none."""
+        node = self._take(self._leaves, lambda n: not n.children and n.pins == 0, evictable)
+        if node is not None:
+            self._detach(node)
+            self._remember(node.digest)
+        return node
+
+    def evict_checkpoint(self, evictable: Callable[[UnitNode], bool]) -> Blocks | None:
+        """Take the least recently used checkpoint that `evictable` accepts off its unit; None if there is none."""
+        node = self._take(self._checkpoints, lambda n: n.checkpoint is not None, evictable)
+        if node is None:
+            return None
+        blocks, node.checkpoint = node.checkpoint, None
+        return blocks
+
+    def clear(self) -> Iterator[UnitNode]:
+        """Remove every unit; yields them so that the caller drops the index's references."""
+        pending = [child for root in self._roots.values() for child in root.children.values()]
+        for root in self._roots.values():
+            root.alive = False
+        self._roots.clear()
+        self._leaves.clear()
+        self._checkpoints.clear()
+        self._evicted.clear()
+        self.nodes = 0
+        while pending:
+            node = pending.pop()
+            pending.extend(node.children.values())
+            node.alive = False
+            node.children = {}
+            yield node
+
+    def units(self) -> Iterator[UnitNode]:
+        """Every unit in the tree: for checks and reports."""
+        pending = [child for root in self._roots.values() for child in root.children.values()]
+        while pending:
+            node = pending.pop()
+            pending.extend(node.children.values())
+            yield node
+
+    def _key(self, tokens: TokenArray, unit: int) -> bytes:
+        part = tokens[unit * self.unit_tokens : (unit + 1) * self.unit_tokens]
+        return np.ascontiguousarray(part, np.int32).tobytes()
+
+    def _offer(self, heap: list[tuple[int, int, UnitNode]], node: UnitNode) -> None:
+        if id(heap) in node.queued:
+            return  # one entry per unit and queue, or a long-lived unit would gather them
+        node.queued.add(id(heap))
+        self._serial += 1
+        heapq.heappush(heap, (node.used, self._serial, node))
+
+    def _take(
+        self,
+        heap: list[tuple[int, int, UnitNode]],
+        candidate: Callable[[UnitNode], bool],
+        evictable: Callable[[UnitNode], bool],
+    ) -> UnitNode | None:
+        """Pop the oldest candidate. Entries are lazy: a unit used since is put back, a refused one is set aside."""
+        refused: list[UnitNode] = []
+        found = None
+        while heap and found is None:
+            used, _, node = heapq.heappop(heap)
+            node.queued.discard(id(heap))
+            if not node.alive or not candidate(node):
+                continue
+            if used != node.used:
+                self._offer(heap, node)
+            elif evictable(node):
+                found = node
+            else:
+                refused.append(node)
+        for node in refused:
+            self._offer(heap, node)
+        return found
+
+    def _detach(self, node: UnitNode) -> None:
+        node.alive = False
+        self.nodes -= 1
+        parent = node.parent
+        assert parent is not None, "a root is never evicted"
+        del parent.children[node.key]
+        if parent.parent is not None and not parent.children:
+            self._offer(self._leaves, parent)
+
+    def _remember(self, digest: bytes) -> None:
+        self._evicted[digest] = None
+        if len(self._evicted) > _EVICTED_REMEMBERED:
+            self._evicted.popitem(last=False)
+
+    def _was_evicted(self, node: UnitNode, key: bytes) -> bool:
+        return blake2b(node.digest + key, digest_size=16).digest() in self._evicted
+
+
+def _common(key: bytes, tokens: TokenArray) -> int:
+    """Length of the common beginning of a unit's tokens and `tokens`."""
+    own = np.frombuffer(key, np.int32)
+    count = min(len(own), len(tokens))
+    different = np.flatnonzero(own[:count] != tokens[:count])
+    return int(different[0]) if len(different) else count

@@ -1,0 +1,110 @@
+"""Engine options: one frozen value from a file, the environment (THALWEG_*) and flags, in that order of precedence."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from thalweg.errors import ConfigError, nearest
+
+_BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BYTE_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "TIB": 2**40, "TB": 10**12, "T": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may set. None means: chosen at start-up, with the reason shown."""
+
+    model: str = "default"  # a directory, or `default` for the embedded model
+    served_model_name: str | None = None
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: str = "auto"  # auto, float32, bfloat16: weights and activations
+    kv_cache_dtype: str = "auto"  # auto, float32, bfloat16: window, CSA, HCA and index rows
+    quantization_simulation: bool = False  # round KV to FP8 and the index to FP4 as the released model was trained
+    max_model_len: int | None = None  # tokens of prompt and output
+    max_num_seqs: int = 16  # running requests
+    max_num_batched_tokens: int = 1024  # tokens of one step
+    kv_cache_memory: int | None = None  # bytes of all pools
+    enable_prefix_caching: bool = True
+    checkpoint_interval: int = 4096  # tokens between checkpoints kept of a long prompt; 0: none
+    max_waiting: int = 1024  # requests queued before 429
+    threads: int | None = None  # intra-op threads
+
+
+def parse_bytes(value: int | str, name: str) -> int:
+    """A byte count such as 4294967296, "4GiB" or "500 MB". Raises ConfigError naming the option."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    unit = _BYTE_UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise ConfigError(f"{name}: {value!r} is not a number of bytes; write for example 4GiB or 500MB", param=name)
+    return int(float(match.group(1)) * unit)
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Bring a value from a file, a variable or a flag to the option's type."""
+    declared = str(EngineOptions.__dataclass_fields__[name].type)
+    if name == "kv_cache_memory" and value is not None:
+        return parse_bytes(value, name)
+    if declared.startswith("bool"):
+        word = str(value).strip().lower()
+        if word not in {"true", "false", "1", "0", "yes", "no", "on", "off"}:
+            raise ConfigError(f"{name}: {value!r} is not a boolean; write true or false", param=name)
+        return word in {"true", "1", "yes", "on"}
+    if declared.startswith("int") and value is not None:
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{name}: {value!r} is not a whole number", param=name) from None
+    return value if value is None else str(value)
+
+
+def _check(options: EngineOptions) -> None:
+    positive = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory", "threads", "max_waiting")
+    for name in positive:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: {value} is below the least allowed value 1", param=name)
+    if options.checkpoint_interval < 0:
+        raise ConfigError(f"checkpoint_interval: {options.checkpoint_interval} is below 0", param="checkpoint_interval")
+    choices = {
+        "device": ("auto", "cpu", "cuda"),
+        "dtype": ("auto", "float32", "bfloat16"),
+        "kv_cache_dtype": ("auto", "float32", "bfloat16"),
+    }
+    for name, allowed in choices.items():
+        if getattr(options, name) not in allowed:
+            raise ConfigError(f"{name}: {getattr(options, name)!r} is not one of {', '.join(allowed)}", param=name)
+
+
+def load_options(
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> EngineOptions:
+    """Merge a TOML file, THALWEG_* variables and flags (flags that are None were not given).
+
+    Raises ConfigError for unknown names, with the nearest known one, and for values out of range.
+    """
+    known = [f.name for f in fields(EngineOptions)]
+    merged: dict[str, Any] = {}
+    if file is not None:
+        try:
+            merged |= {k.replace("-", "_"): v for k, v in tomllib.loads(file.read_text()).items()}
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"--config {file}: {error}", param="config") from error
+    source = os.environ if environment is None else environment
+    prefix = "THALWEG_"
+    merged |= {k[len(prefix) :].lower(): v for k, v in source.items() if k.startswith(prefix)}
+    merged |= {k: v for k, v in flags.items() if v is not None}
+    for name in merged:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}.{nearest(name, known)}", param=name)
+    options = EngineOptions(**{name: _typed(name, value) for name, value in merged.items()})
+    _check(options)
+    return options

@@ -1,0 +1,262 @@
+"""The engine: one thread that plans, runs and commits steps, and tells every request what became of it.
+
+Requests come in through `submit` and `cancel` from any thread; events go out through each request's listener, on the
+engine thread. Every submitted request gets exactly one terminal event, errors included.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from thalweg.cache.coordinator import GroupUsage
+from thalweg.engine.plan import StepPlan, StepResult
+from thalweg.engine.request import Listener, Running, Sequence
+from thalweg.engine.runner import Runner
+from thalweg.engine.scheduler import Scheduler
+from thalweg.errors import (
+    CancelledError,
+    ContextLengthError,
+    EngineError,
+    OverloadedError,
+    RequestError,
+    ThalwegError,
+    UnavailableError,
+)
+from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, TokenEvent
+
+_log = logging.getLogger("thalweg.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What a request may ask for. Lengths in tokens."""
+
+    max_model_len: int
+    token_capacity: int
+    vocab_size: int
+    max_waiting: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A snapshot, taken between two steps."""
+
+    running: int
+    waiting: int
+    groups: tuple[GroupUsage, ...]
+    counters: Mapping[str, float]
+    healthy: bool
+    failure: str | None
+
+
+class Engine:
+    """See the module. `clock` returns seconds and is only used for counters and arrival times."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, limits: EngineLimits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits = limits
+        self._scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._open: set[str] = set()  # guarded by _wake
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="thalweg-engine", daemon=True)
+        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._status = self._snapshot()
+
+    # -- any thread -------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """End every request with `cancelled` and stop the thread after the step under way."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
+        """Queue a request. Raises RequestError, ContextLengthError, OverloadedError or UnavailableError at once."""
+        sequence = Sequence(request, listener, self._output_limit(request), self._clock())
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise UnavailableError("the engine is not running")
+            if request.request_id in self._open:
+                raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
+            if len(self._open) >= self.limits.max_waiting:
+                raise OverloadedError(f"{len(self._open)} requests are open; max_waiting is {self.limits.max_waiting}")
+            self._open.add(request.request_id)
+            self._inbox.append(lambda: self._scheduler.add(sequence))
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before its next step; unknown or finished ids are ignored."""
+        with self._wake:
+            if request_id in self._open:
+                self._inbox.append(lambda: self._cancel(request_id))
+                self._wake.notify()
+
+    def reset_prefix_cache(self) -> int:
+        """Forget cached prefixes between two steps; returns the tokens forgotten."""
+        done = threading.Event()
+        forgotten: list[int] = []
+
+        def reset() -> None:
+            forgotten.append(self._scheduler.coordinator.reset())
+            done.set()
+
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise UnavailableError("the engine is not running")
+            self._inbox.append(reset)
+            self._wake.notify()
+        done.wait()
+        return forgotten[0]
+
+    def status(self) -> EngineStatus:
+        return self._status
+
+    def _output_limit(self, request: GenerateRequest) -> int:
+        """How many tokens the request may produce; raises if prompt and output cannot fit."""
+        prompt, wanted = len(request.prompt), request.sampling.max_tokens
+        limit = min(self.limits.max_model_len, self.limits.token_capacity)
+        if prompt == 0:
+            raise RequestError("the prompt has no tokens; at least one is needed", param="prompt")
+        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.limits.vocab_size:
+            last = self.limits.vocab_size - 1
+            raise RequestError(f"the prompt has a token id outside 0 to {last}", param="prompt")
+        if prompt + (wanted or 1) > limit:
+            raise ContextLengthError(
+                f"{prompt} prompt tokens + {wanted or 1} output tokens exceed max_model_len, {limit} tokens",
+                param="max_tokens" if wanted and prompt + 1 <= limit else "prompt",
+            )
+        return wanted or limit - prompt
+
+    # -- the engine thread ------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while self._take_inbox():
+            try:
+                self._step()
+            except Exception as error:  # a bug in planning: nobody may be left without an answer
+                _log.exception("the engine could not plan a step")
+                self._end_all(EngineError(f"the engine failed: {error}"))
+            self._status = self._snapshot()
+        self._end_all(UnavailableError("the engine was stopped"))
+        self._status = self._snapshot()
+
+    def _take_inbox(self) -> bool:
+        """Apply what other threads asked for; sleeps while there is nothing to do. False when closing."""
+        with self._wake:
+            while not (self._inbox or self._closing or self._scheduler.running or self._scheduler.waiting):
+                self._wake.wait()
+            actions = list(self._inbox)
+            self._inbox.clear()
+            closing = self._closing
+        for action in actions:
+            action()
+        return not closing
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan()
+        if not plan.sequences:
+            if self._scheduler.waiting and not self._scheduler.running:
+                self._refuse_head()
+            return
+        begin = self._clock()
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            _log.exception("a step failed")
+            self._counters["failed_steps"] += 1
+            for item in plan.sequences:
+                self._end(item.running, FinishReason.ERROR, (), EngineError(f"the step failed: {error}"))
+            return
+        self._scheduler.commit(plan)
+        self._counters["steps"] += 1
+        self._counters["step_tokens"] += plan.tokens
+        self._counters["step_seconds"] += self._clock() - begin
+        self._tell(plan, result)
+
+    def _refuse_head(self) -> None:
+        """The pools are empty and the first waiting request still does not fit: it never will."""
+        sequence = self._scheduler.waiting.popleft()
+        error = ContextLengthError(
+            f"{len(sequence)} tokens do not fit the {self.limits.token_capacity} tokens of the cache", param="prompt"
+        )
+        self._finish_event(sequence, FinishReason.ERROR, (), error)
+
+    def _tell(self, plan: StepPlan, result: StepResult) -> None:
+        for item in plan.sequences:
+            sequence = item.running.sequence
+            if not item.samples:
+                self._send(sequence, PrefillProgress(item.request_id, item.end, len(sequence)))
+                continue
+            sampled = result.sampled[item.request_id]
+            sequence.append(sampled.token)
+            finish = sequence.finish_after(sampled, self.limits.eos_token_ids)
+            if finish is None:
+                self._send(sequence, TokenEvent(item.request_id, (sampled,), sequence.usage()))
+            else:
+                self._end(item.running, finish, (sampled,), None)
+
+    def _cancel(self, request_id: str) -> None:
+        error = CancelledError("the request was cancelled")
+        waiting = self._scheduler.find_waiting(request_id)
+        running = self._scheduler.find_running(request_id)
+        if waiting is not None:
+            self._scheduler.waiting.remove(waiting)
+            self._finish_event(waiting, FinishReason.CANCELLED, (), error)
+        elif running is not None:
+            self._end(running, FinishReason.CANCELLED, (), error)
+
+    def _end(
+        self, running: Running, finish: FinishReason, tokens: tuple[SampledToken, ...], error: ThalwegError | None
+    ) -> None:
+        self._scheduler.finish(running, keep_state=finish is not FinishReason.ERROR)
+        self._finish_event(running.sequence, finish, tokens, error)
+
+    def _end_all(self, error: ThalwegError) -> None:
+        for running in tuple(self._scheduler.running):
+            self._end(running, FinishReason.ERROR, (), error)
+        while self._scheduler.waiting:
+            self._finish_event(self._scheduler.waiting.popleft(), FinishReason.ERROR, (), error)
+
+    def _finish_event(
+        self, sequence: Sequence, finish: FinishReason, tokens: tuple[SampledToken, ...], error: ThalwegError | None
+    ) -> None:
+        self._runner.forget(sequence.request_id)
+        with self._wake:
+            self._open.discard(sequence.request_id)
+        self._counters[f"finished_{finish.value}"] += 1
+        self._status = self._snapshot()
+        self._send(sequence, TokenEvent(sequence.request_id, tokens, sequence.usage(), finish, error))
+
+    def _send(self, sequence: Sequence, event: PrefillProgress | TokenEvent) -> None:
+        try:
+            sequence.listener(event)
+        except Exception:  # a listener's own fault must not take the others down
+            _log.exception("the listener of request %s failed", sequence.request_id)
+
+    def _snapshot(self) -> EngineStatus:
+        coordinator = self._scheduler.coordinator
+        counters = {
+            **self._counters,
+            "preemptions": self._scheduler.preemptions,
+            "evicted_units": coordinator.evicted_units,
+            "evicted_checkpoints": coordinator.evicted_checkpoints,
+            "cached_units": coordinator.index.nodes,
+        }
+        running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        return EngineStatus(running, waiting, coordinator.usage(), counters, not self._closing, None)

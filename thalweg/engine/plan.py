@@ -1,0 +1,49 @@
+"""Values between the scheduler and the runner: what one forward pass computes, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thalweg.engine.request import Running
+from thalweg.types import SampledToken
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """Compute tokens [start, end) of one running sequence; `samples` if a token follows from the last of them."""
+
+    running: Running
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def request_id(self) -> str:
+        return self.running.sequence.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass over a ragged batch."""
+
+    sequences: tuple[SequencePlan, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.tokens for s in self.sequences)
+
+    def description(self) -> tuple[tuple[str, int, int, bool], ...]:
+        """The plan as plain values, for comparing two engines."""
+        return tuple((s.request_id, s.start, s.end, s.samples) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The sampled token of every sequence that samples, by request id."""
+
+    sampled: Mapping[str, SampledToken]

@@ -1,0 +1,87 @@
+"""A request inside the engine: its tokens, and, while it runs, the cache blocks that it owns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from thalweg.cache.coordinator import Attachment, SequenceCache
+from thalweg.types import Event, FinishReason, GenerateRequest, MissReason, SampledToken, TokenArray, Usage
+
+Listener = Callable[[Event], None]
+
+
+class Sequence:
+    """The tokens of one request from submission to its terminal event: prompt, then output."""
+
+    def __init__(self, request: GenerateRequest, listener: Listener, max_output_tokens: int, arrived: float) -> None:
+        self.request = request
+        self.listener = listener
+        self.max_output_tokens = max_output_tokens
+        self.arrived = arrived
+        self.preemptions = 0
+        self.first_attachment: Attachment | None = None
+        self._tokens = np.array(request.prompt, np.int32)
+        self._count = len(request.prompt)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def output_tokens(self) -> int:
+        return self._count - self.prompt_tokens
+
+    @property
+    def tokens(self) -> TokenArray:
+        """Prompt and output so far, int32, without a copy."""
+        return self._tokens[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, token: int) -> None:
+        if self._count == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.empty(max(64, self._count // 8), np.int32)])
+        self._tokens[self._count] = token
+        self._count += 1
+
+    def finish_after(self, sampled: SampledToken, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
+        """Whether the token just appended ends the request."""
+        params = self.request.sampling
+        if self.output_tokens >= params.min_tokens:
+            stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+            if sampled.token in stops:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if self.output_tokens >= self.max_output_tokens else None
+
+    def usage(self) -> Usage:
+        """The bill so far. What was cached is what the first admission found: recomputing is our cost, not theirs."""
+        first = self.first_attachment
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            output_tokens=self.output_tokens,
+            cached_tokens=first.cached_tokens if first else 0,
+            miss_reason=first.miss_reason if first else MissReason.COLD,
+            divergence_token=first.divergence_token if first else None,
+            preemptions=self.preemptions,
+        )
+
+
+@dataclass(slots=True)
+class Running:
+    """A sequence that holds cache blocks."""
+
+    sequence: Sequence
+    cache: SequenceCache
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens known but not computed: 1 while decoding."""
+        return len(self.sequence) - self.cache.computed_tokens

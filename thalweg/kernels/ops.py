@@ -1,0 +1,139 @@
+"""The operations of a V4 forward pass, as typed signatures. A backend offers functions of these shapes.
+
+T tokens in a flat ragged batch, Q of them with queries, D hidden, N residual streams, H heads of d elements (the last r
+rotated), E compressed entries, k selected entries, m tokens per entry. All ops are pure: they return new tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments
+
+
+class RmsNorm(Protocol):
+    """w * x / sqrt(mean(x^2) + eps) over the last axis, in fp32, cast back once; no weight: 1."""
+
+    def __call__(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor: ...
+
+
+class Rotate(Protocol):
+    """Rotate interleaved pairs of the last r channels of x [T, ..., d] by cos, sin fp32 [T, r/2] (model-spec 3.4)."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+
+class MixIn(Protocol):
+    """mHC before a sublayer: streams [T, N, D] -> (input [T, D], post fp32 [T, N], comb fp32 [T, N, N]).
+
+    fn [(2+N)N, N*D], base [(2+N)N], scale [3], all fp32; comb is made doubly stochastic by `iterations` Sinkhorn
+    rounds that begin with a softmax and end on columns (model-spec 3.2).
+    """
+
+    def __call__(
+        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class MixOut(Protocol):
+    """mHC after a sublayer: post_k * y + sum_j comb[j, k] * streams_j, fp32, cast to the streams' dtype."""
+
+    def __call__(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor: ...
+
+
+class MixHead(Protocol):
+    """mHC before the head: streams [T, N, D] -> [T, D]; fn [N, N*D], base [N], scale [1] (model-spec 3.9)."""
+
+    def __call__(
+        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
+    ) -> Tensor: ...
+
+
+class Compress(Protocol):
+    """Gated pooling (model-spec 3.5): rows [R, 2*dim] fp32 are value then gate; own [E, m] picks each entry's tokens.
+
+    With `previous` (rows [S, 2*dim] and [E, m], -1: none) the window before joins the same softmax. fp32 [E, dim].
+    """
+
+    def __call__(
+        self, rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, previous: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class IndexTopk(Protocol):
+    """The k best visible entries of each query by sum_h weights_h * relu(q_h . key): int64 [Q, k], ascending, -1 first.
+
+    query [Q, heads, n], weights fp32 [Q, heads] (scales included), one key per `ratio` tokens; the query at position t
+    sees entries below (t+1)//ratio. Equal scores: the lowest entry wins. Nothing of size Q x context is ever stored.
+    """
+
+    def __call__(
+        self, query: Tensor, weights: Tensor, keys: PagedRows, queries: Segments, ratio: int, k: int
+    ) -> Tensor: ...
+
+
+class Attention(Protocol):
+    """softmax over window, compressed entries and sink; key = value (model-spec 3.3, 3.6). Scale d^-0.5.
+
+    query [Q, H, d]; new_rows [T, d] are the window rows of this step's tokens; sinks fp32 [H]; `selected` int64 [Q, k]
+    restricts the entries (-1: none), without it all visible ones take part. Returns fp32 [Q, H, d].
+    """
+
+    def __call__(
+        self, query: Tensor, new_rows: Tensor, context: AttentionContext, sinks: Tensor, selected: Tensor | None
+    ) -> Tensor: ...
+
+
+class Route(Protocol):
+    """Scores sqrt(softplus(logits)) [T, experts] -> (expert ids int64 [T, k], weights fp32 [T, k]) (model-spec 3.8).
+
+    `chosen` [T, k] fixes the experts (hash routing); else the k best of score + bias, lowest id first among equals.
+    """
+
+    def __call__(
+        self, logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Experts(Protocol):
+    """Sum over each token's experts of down(weight * silu(min(gate, limit)) * clamp(up, +-limit)), fp32 [T, D].
+
+    x [T, D], ids and weights [T, k], gate_up [experts, 2*inter, D] (gate rows first), down [experts, D, inter].
+    """
+
+    def __call__(
+        self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
+    ) -> Tensor: ...
+
+
+class RoundKv(Protocol):
+    """FP8 storage rounding of KV rows [..., d]: all but the last r channels to e4m3 in blocks of 64 (model-spec 5)."""
+
+    def __call__(self, rows: Tensor, rope_dim: int) -> Tensor: ...
+
+
+class RoundIndex(Protocol):
+    """Hadamard rotation and FP4 rounding of index queries or keys [..., n], blocks of 32 (model-spec 3.7, 5)."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """One function per op, as chosen at start-up by registry.select_kernels."""
+
+    rms_norm: RmsNorm
+    rotate: Rotate
+    mix_in: MixIn
+    mix_out: MixOut
+    mix_head: MixHead
+    compress: Compress
+    index_topk: IndexTopk
+    attention: Attention
+    route: Route
+    experts: Experts
+    round_kv: RoundKv
+    round_index: RoundIndex

@@ -1,0 +1,106 @@
+"""How many blocks each pool gets from a byte budget, and how many sequences of a length then fit. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thalweg.cache.geometry import CacheGroupSpec, Group
+from thalweg.errors import ConfigError
+from thalweg.memory.layout import CacheLayout
+
+# One checkpoint for every 16 units (2,048 tokens) of compressed capacity: agents' turns are about that long, and on
+# Flash's shapes the checkpoints then take a third of the bytes of the cache, far from the 87% that one per unit takes.
+CHECKPOINT_SPACING_UNITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """Pool sizes in blocks, and what they hold. Sums of block_bytes * pool_blocks are what the arena allocates."""
+
+    groups: tuple[CacheGroupSpec, ...]
+    layout: CacheLayout
+    pool_blocks: Mapping[Group, int]
+    max_running: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.layout.block_bytes(spec) * self.pool_blocks[spec.group] for spec in self.groups)
+
+    @property
+    def token_capacity(self) -> int:
+        """Tokens of context that the compressed pools hold, over all sequences."""
+        compressed = [s for s in self.groups if s.compressed]
+        if not compressed:
+            return 2**40  # window layers only: the context costs nothing
+        return min(self.pool_blocks[s.group] * s.tokens_per_block for s in compressed)
+
+    def sequences_of(self, tokens: int) -> int:
+        """How many sequences of `tokens` tokens can run at once."""
+        unit = max((s.tokens_per_block for s in self.groups if s.compressed), default=1)
+        return min(self.max_running, self.token_capacity // (-(-tokens // unit) * unit))
+
+
+def live_blocks(spec: CacheGroupSpec) -> int:
+    """Blocks of a sliding group that one running request may hold at once, in the middle of a step.
+
+    Before the step: the blocks behind, the current one and the last boundary's; the step adds as many new ones.
+    """
+    assert spec.blocks_behind is not None, "compressed groups have no fixed number of live blocks"
+    return 2 * (spec.blocks_behind + 1) + spec.blocks_behind
+
+
+def request_bytes(groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> int:
+    """Fixed bytes that each running request needs beside its compressed rows."""
+    return sum(live_blocks(s) * layout.block_bytes(s) for s in groups if not s.compressed)
+
+
+def checkpoint_blocks(spec: CacheGroupSpec) -> int:
+    """Blocks of a group that one checkpoint keeps: what lies behind a unit boundary."""
+    return spec.blocks_behind or 0
+
+
+def checkpoint_bytes(groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> int:
+    """Bytes of one checkpoint: window and tail state of all layers at a unit boundary."""
+    return sum(checkpoint_blocks(s) * layout.block_bytes(s) for s in groups if not s.compressed)
+
+
+def unit_bytes(groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> int:
+    """Bytes of the compressed rows of one unit of tokens."""
+    return sum(layout.block_bytes(s) for s in groups if s.compressed)
+
+
+def plan_cache(
+    groups: tuple[CacheGroupSpec, ...],
+    layout: CacheLayout,
+    *,
+    budget_bytes: int,
+    max_running: int,
+    prefix_caching: bool = True,
+) -> CachePlan:
+    """Divide a byte budget over the pools. Raises ConfigError if not even one unit per request fits.
+
+    First the fixed state of `max_running` requests, then compressed units, with one checkpoint per
+    CHECKPOINT_SPACING_UNITS of them and at least two per running request.
+    """
+    fixed = max_running * request_bytes(groups, layout)
+    unit, checkpoint = unit_bytes(groups, layout), checkpoint_bytes(groups, layout)
+    least_checkpoints = 2 * max_running if prefix_caching else 0
+    left = budget_bytes - fixed - least_checkpoints * checkpoint
+    if left < unit * max_running:
+        need = fixed + least_checkpoints * checkpoint + unit * max_running
+        raise ConfigError(
+            f"kv_cache_memory: {budget_bytes:,} bytes are too few for max_num_seqs={max_running}: its window and "
+            f"compressor state and one unit of context each need {need:,} bytes",
+            param="kv_cache_memory",
+        )
+    share = checkpoint / CHECKPOINT_SPACING_UNITS if prefix_caching else 0.0
+    units = int((left + least_checkpoints * checkpoint) // (unit + share)) if unit else 0
+    checkpoints = max(least_checkpoints, int(units / CHECKPOINT_SPACING_UNITS)) if prefix_caching else 0
+    if unit:
+        units = (budget_bytes - fixed - checkpoints * checkpoint) // unit
+    blocks = {
+        s.group: units if s.compressed else max_running * live_blocks(s) + checkpoints * checkpoint_blocks(s)
+        for s in groups
+    }
+    return CachePlan(groups, layout, blocks, max_running)

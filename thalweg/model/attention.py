@@ -1,0 +1,130 @@
+"""V4 attention: one shared key = value head over a window, compressed entries and a sink (model-spec 3.3 to 3.7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from thalweg.config.model import LayerKind, ModelConfig
+from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments
+from thalweg.kernels.ops import Kernels
+from thalweg.model.compressor import Compressor, CompressorStreams, write_rows
+from thalweg.model.inputs import CacheRows, CompressorInputs, StepInputs
+from thalweg.model.numerics import Numerics
+from thalweg.model.rotary import Angles
+from thalweg.model.step import StepTables
+from thalweg.model.weights import Weights
+
+
+class Attention:
+    """One layer's attention. `forward` writes this step's rows to the cache and reads everything back from there."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, layer: int, numerics: Numerics, kernels: Kernels) -> None:
+        self._weights = weights
+        self._config = config
+        self._layer = layer
+        self._kind = config.layer_kinds[layer]
+        self._numerics = numerics
+        self._kernels = kernels
+        self._compressor: Compressor | None = None
+        self._indexer: Indexer | None = None
+        eps = config.rms_norm_eps
+        if self._kind is LayerKind.HCA:
+            streams = CompressorStreams("pending_hca", None)
+            self._compressor = Compressor(weights.under("compressor."), layer, streams, eps, kernels)
+        elif self._kind is LayerKind.CSA:
+            streams = CompressorStreams("pending_csa", "tail_csa")
+            self._compressor = Compressor(weights.under("compressor."), layer, streams, eps, kernels)
+            self._indexer = Indexer(weights.under("indexer."), config, layer, numerics, kernels)
+
+    def forward(self, x: Tensor, step: StepInputs, tables: StepTables, cache: CacheRows, *, last: bool) -> Tensor:
+        """x [T, D], normed -> [T, D], or [O, D] for the output rows alone in the last layer."""
+        config, weights, kernels = self._config, self._weights, self._kernels
+        angles = tables.angles(self._kind)
+        kv = kernels.rms_norm(F.linear(x, weights["wkv.weight"]), weights["kv_norm.weight"], config.rms_norm_eps)
+        kv = self._numerics.stored_kv(kernels.rotate(kv, angles.cos, angles.sin), config.rope_dim, kernels)
+        self._compress(x, step, tables, cache)
+        result = x[:0]
+        if not last or len(step.output_rows):
+            queries = step.output_segments if last else step.segments
+            x, angles = (x[step.output_rows], angles.at(step.output_rows)) if last else (x, angles)
+            result = self._attend(x, kv, angles, step, queries, cache)
+        write_rows(cache.rows("window", self._layer), step.window_writes, kv)
+        return result
+
+    def _compress(self, x: Tensor, step: StepInputs, tables: StepTables, cache: CacheRows) -> None:
+        """Write the entries that this step completes, before anybody reads them."""
+        if self._compressor is None:
+            return
+        inputs, angles, phase = tables.compressor(self._kind)
+        entries = self._compressor.entries(x, phase, inputs, angles, cache)
+        rows = cache.rows(self._kind.value, self._layer)
+        rows.index_copy_(0, inputs.entries[self._kind.value], self._stored(entries))
+        if self._indexer is not None:
+            self._indexer.write_keys(x, phase, inputs, angles, cache)
+
+    def _stored(self, entries: Tensor) -> Tensor:
+        return self._numerics.stored_kv(entries, self._config.rope_dim, self._kernels)
+
+    def _attend(
+        self, x: Tensor, kv: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows
+    ) -> Tensor:
+        config, weights, kernels = self._config, self._weights, self._kernels
+        low = kernels.rms_norm(F.linear(x, weights["wq_a.weight"]), weights["q_norm.weight"], config.rms_norm_eps)
+        query = F.linear(low, weights["wq_b.weight"]).unflatten(-1, (config.num_attention_heads, config.head_dim))
+        query = kernels.rotate(kernels.rms_norm(query, None, config.rms_norm_eps), angles.cos, angles.sin)
+        selected = None
+        if self._indexer is not None:
+            selected = self._indexer.select(x, low, angles, step, queries, cache)
+        past = PastRows(cache.rows("window", self._layer), step.past_slots, step.past_offsets)
+        entries = None if self._compressor is None else paged_rows(self._kind.value, self._layer, step, cache)
+        ratio = config.ratio_of(self._layer)
+        context = AttentionContext(queries, step.segments, past, entries, ratio, config.window)
+        mixed = kernels.attention(query, kv, context, weights["attn_sink"], selected)
+        back = angles.inverse()
+        return self._project(kernels.rotate(mixed, back.cos, back.sin).to(x.dtype))
+
+    def _project(self, heads: Tensor) -> Tensor:
+        """Grouped low-rank output projection: [Q, H, d] -> [Q, D]."""
+        groups, rank = self._config.o_groups, self._config.o_lora_rank
+        grouped = heads.flatten(1).unflatten(1, (groups, -1)).transpose(0, 1)
+        first = self._weights["wo_a.weight"].unflatten(0, (groups, rank)).transpose(1, 2)
+        low = torch.bmm(grouped, first).transpose(0, 1).flatten(1)
+        return F.linear(low, self._weights["wo_b.weight"])
+
+
+class Indexer:
+    """Scores compressed entries with small keys of their own and selects the best (model-spec section 3.7)."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, layer: int, numerics: Numerics, kernels: Kernels) -> None:
+        streams = CompressorStreams("pending_index", "tail_index")
+        self._compressor = Compressor(weights.under("compressor."), layer, streams, config.rms_norm_eps, kernels)
+        self._weights = weights
+        self._config = config
+        self._layer = layer
+        self._numerics = numerics
+        self._kernels = kernels
+
+    def write_keys(self, x: Tensor, phase: Tensor, inputs: CompressorInputs, angles: Angles, cache: CacheRows) -> None:
+        keys = self._compressor.entries(x, phase, inputs, angles, cache)
+        stored = self._numerics.stored_index(keys, self._kernels)
+        cache.rows("index", self._layer).index_copy_(0, inputs.entries["index"], stored)
+
+    def select(
+        self, x: Tensor, low: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows
+    ) -> Tensor:
+        """Entry numbers int64 [Q, k] for queries with inputs x [Q, D] and low-rank queries [Q, q_lora]."""
+        config = self._config
+        query = F.linear(low, self._weights["wq_b.weight"]).unflatten(-1, (config.index_heads, config.index_head_dim))
+        query = self._numerics.index_query(self._kernels.rotate(query, angles.cos, angles.sin), self._kernels)
+        scale = (config.index_heads * config.index_head_dim) ** -0.5
+        weights = F.linear(x, self._weights["weights_proj.weight"]).float() * scale
+        keys = paged_rows("index", self._layer, step, cache)
+        return self._kernels.index_topk(query, weights, keys, queries, config.csa_ratio, config.index_topk)
+
+
+def paged_rows(stream: str, layer: int, step: StepInputs, cache: CacheRows) -> PagedRows:
+    """The rows of a compressed stream of all sequences of the step."""
+    blocks = step.blocks[stream]
+    return PagedRows(cache.rows(stream, layer), blocks.ids, blocks.offsets, blocks.rows_per_block)

@@ -1,0 +1,37 @@
+"""Mixture of experts: routing, routed experts and the shared expert (model-spec section 3.8)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from thalweg.config.model import ModelConfig
+from thalweg.kernels.ops import Kernels
+from thalweg.model.weights import Weights
+
+
+class MixtureOfExperts:
+    """The first `num_hash_layers` layers choose experts by token id, the others by score plus bias."""
+
+    def __init__(self, weights: Weights, config: ModelConfig, *, hashed: bool, kernels: Kernels) -> None:
+        self._gate = weights["gate.weight"]
+        self._bias = None if hashed else weights["gate.bias"]
+        self._by_token = weights["gate.tid2eid"] if hashed else None
+        self._gate_up, self._down = weights["experts.gate_up"], weights["experts.down"]
+        self._w1, self._w2, self._w3 = (weights[f"shared_experts.{w}.weight"] for w in ("w1", "w2", "w3"))
+        self._config = config
+        self._kernels = kernels
+
+    def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]; token_ids [T] are read by hash layers."""
+        config = self._config
+        chosen = None if self._by_token is None else self._by_token[token_ids]
+        logits = F.linear(x.float(), self._gate)
+        ids, weights = self._kernels.route(
+            logits, self._bias, chosen, config.experts_per_token, config.routed_scaling_factor
+        )
+        limit = config.swiglu_limit
+        routed = self._kernels.experts(x, ids, weights, self._gate_up, self._down, limit)
+        gate, up = F.linear(x, self._w1).float(), F.linear(x, self._w3).float()
+        hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        return (routed + F.linear(hidden.to(x.dtype), self._w2).float()).to(x.dtype)

@@ -1,0 +1,120 @@
+"""Frozen values that cross boundaries: GenerateRequest goes down to the engine, TokenEvents come back up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from thalweg.errors import ThalwegError
+
+TokenArray = npt.NDArray[np.int32]
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. `error` and `cancelled` never reach a client as a finish_reason."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class MissReason(StrEnum):
+    """Why a prompt was not served further from the cache; one per request."""
+
+    NONE = "none"  # every unit that could be reused was reused
+    COLD = "cold"  # nothing under this namespace yet
+    TOO_SHORT = "too-short"  # the prompt has no complete unit before its last token
+    DIVERGED = "diverged"  # other tokens from `divergence_token` on
+    EVICTED = "evicted"  # the rows were here and gave way to others
+    NO_CHECKPOINT = "no-checkpoint"  # compressed rows match further than the last checkpoint
+    DISABLED = "disabled"  # prefix caching is off
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How output tokens are chosen. Temperature 0 is greedy. Limits are checked where requests enter."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None  # None: up to the model's length
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # None: none; n: the chosen token and the n most likely ones
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to continue. `prompt` is int32 [prompt_tokens], at least one token.
+
+    `cache_salt` separates prefix caches: prompts under different salts never share.
+    `cache_hints` are prompt positions at which later prompts are likely to diverge.
+    """
+
+    request_id: str
+    prompt: TokenArray
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
+    cache_hints: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability (natural log, of the raw distribution before penalties and truncation) of one token."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One output token, with its log-probability and the most likely alternatives where asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost. prompt_tokens = cached_tokens + computed prompt tokens."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    miss_reason: MissReason = MissReason.NONE
+    divergence_token: int | None = None
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How far the prompt of a request is: positions below `done_tokens` are in the cache."""
+
+    request_id: str
+    done_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """Output of one step for one request. Exactly one event per request has `finish` set, and it is the last."""
+
+    request_id: str
+    tokens: tuple[SampledToken, ...]
+    usage: Usage
+    finish: FinishReason | None = None
+    error: ThalwegError | None = None
+
+
+Event = PrefillProgress | TokenEvent
