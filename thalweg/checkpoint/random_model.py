@@ -1,4 +1,4 @@
-"""Random parameters that make every code path matter: logits of standard deviation about 2, gates and sinks not flat."""
+"""Random parameters that make every code path matter: logits of standard deviation about 2, no flat gates or sinks."""
 
 from __future__ import annotations
 

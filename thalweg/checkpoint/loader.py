@@ -1,0 +1,171 @@
+"""Filling engine parameters from a checkpoint: every one exactly once, nothing left over, one shard at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from thalweg.checkpoint.formats import FP4_GROUP, FP8_BLOCK, dequantize_fp4, dequantize_fp8
+from thalweg.checkpoint.parameters import Parameter, Piece, Storage, parameters
+from thalweg.checkpoint.reader import Checkpoint, CheckpointLayout, TensorEntry
+from thalweg.errors import CheckpointError, nearest
+
+_NAMED_AT_ONCE = 10
+_PLAIN = {"BF16", "F32", "F16"}
+_FP8, _PACKED_FP4, _SCALE = "F8_E4M3", {"I8", "U8"}, {"F8_E8M0", "U8"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What was read. `skipped` are duplicates of shared tensors inside MTP blocks."""
+
+    tensors: int
+    parameters: int
+    bytes_read: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One weight tensor of the checkpoint, the parameter it fills and its scale tensor if it is quantised."""
+
+    parameter: Parameter
+    piece: Piece
+    entry: TensorEntry
+    scale: str | None
+
+
+def load_parameters(
+    checkpoint: Checkpoint,
+    destination: Mapping[str, Tensor],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill `destination` (engine name -> tensor of the parameter's shape) in place.
+
+    progress(done, total) counts weight tensors. Raises CheckpointError naming missing, surplus or misshapen tensors
+    before anything is read.
+    """
+    sources, skipped = _resolve(checkpoint)
+    shards: dict[str, list[_Source]] = {}
+    for source in sources.values():
+        shards.setdefault(str(source.entry.shard), []).append(source)
+    done, read = 0, 0
+    for shard in sorted(shards):
+        with _open(shard) as file:
+            for source in shards[shard]:
+                weight = _tensor(file, source.piece.name)
+                scale = None if source.scale is None else _scale(checkpoint, source.scale)
+                _fill(destination[source.parameter.name], source, weight, scale)
+                read += weight.numel() * weight.element_size()
+                done += 1
+                if progress is not None:
+                    progress(done, len(sources))
+    return LoadReport(done, len(parameters(checkpoint.config)), read, skipped)
+
+
+def _resolve(checkpoint: Checkpoint) -> tuple[dict[str, _Source], tuple[str, ...]]:
+    """Match the table of parameters with the tensors that are there; every mismatch is an error."""
+    official = checkpoint.layout is CheckpointLayout.OFFICIAL
+    sources: dict[str, _Source] = {}
+    missing, wrong = [], []
+    for parameter in parameters(checkpoint.config):
+        for piece in parameter.official if official else parameter.transformers:
+            entry = checkpoint.tensors.get(piece.name)
+            if entry is None:
+                missing.append(piece.name)
+                continue
+            scale, problem = _form(checkpoint, parameter, piece, entry)
+            if problem:
+                wrong.append(problem)
+            sources[piece.name] = _Source(parameter, piece, entry, scale)
+    if missing:
+        _fail("missing", missing, checkpoint.tensors)
+    if wrong:
+        raise CheckpointError("; ".join(wrong[:_NAMED_AT_ONCE]), param=wrong[0].split(" ")[1])
+    used = set(sources) | {s.scale for s in sources.values() if s.scale}
+    left = sorted(set(checkpoint.tensors) - used)
+    skipped = tuple(name for name in left if _is_mtp_duplicate(name))
+    surplus = [name for name in left if name not in skipped]
+    if surplus:
+        _fail("not a tensor of this model", surplus, sources)
+    return sources, skipped
+
+
+def _fail(what: str, names: list[str], known: Iterable[str]) -> None:
+    listed = ", ".join(names[:_NAMED_AT_ONCE]) + (f" and {len(names) - _NAMED_AT_ONCE} more" * (len(names) > 10))
+    raise CheckpointError(f"{len(names)} tensors {what}: {listed}.{nearest(names[0], known)}", param=names[0])
+
+
+def _is_mtp_duplicate(name: str) -> bool:
+    """Embedding and head are shared with the trunk; some checkpoints carry them again in the MTP block."""
+    parts = name.split(".")
+    return parts[0] == "mtp" and len(parts) > 2 and (parts[2].startswith("emb") or parts[2] == "head")
+
+
+def _form(
+    checkpoint: Checkpoint, parameter: Parameter, piece: Piece, entry: TensorEntry
+) -> tuple[str | None, str | None]:
+    """The scale tensor that a weight needs, and what is wrong with its shape or dtype."""
+    name, shape = piece.name, piece.shape
+    if parameter.storage is Storage.INT64:
+        return None, _mismatch(name, entry, shape, {"I64", "I32"})
+    if entry.dtype in _PLAIN:
+        return None, _mismatch(name, entry, shape, _PLAIN)
+    quantizable = parameter.storage in (Storage.MATRIX, Storage.EXPERT)
+    scale_name = name.removesuffix(".weight") + ".scale"
+    rows, columns = shape[-2:] if len(shape) > 1 else (shape[0], 1)
+    if quantizable and entry.dtype == _FP8:
+        wanted, scale_shape = shape, (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+    elif parameter.storage is Storage.EXPERT and entry.dtype in _PACKED_FP4:
+        wanted, scale_shape = (rows, columns // 2), (rows, columns // FP4_GROUP)
+    else:
+        return None, f"tensor {name} has dtype {entry.dtype}, which is not supported for it"
+    problem = _mismatch(name, entry, wanted, {entry.dtype})
+    scale = checkpoint.tensors.get(scale_name)
+    if scale is None:
+        return None, problem or f"tensor {scale_name} is missing: {name} is stored as {entry.dtype}"
+    return scale_name, problem or _mismatch(scale_name, scale, scale_shape, _SCALE)
+
+
+def _mismatch(name: str, entry: TensorEntry, shape: tuple[int, ...], dtypes: set[str]) -> str | None:
+    if entry.shape != shape:
+        return f"tensor {name} has shape {list(entry.shape)}, expected {list(shape)}"
+    if entry.dtype not in dtypes:
+        return f"tensor {name} has dtype {entry.dtype}, expected {' or '.join(sorted(dtypes))}"
+    return None
+
+
+def _open(shard: str) -> safe_open:
+    try:
+        return safe_open(shard, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard}: not a readable safetensors file: {error}", param=shard) from error
+
+
+def _tensor(file: safe_open, name: str) -> Tensor:
+    try:
+        return cast(Tensor, file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"tensor {name} cannot be read: {error}", param=name) from error
+
+
+def _scale(checkpoint: Checkpoint, name: str) -> Tensor:
+    with _open(str(checkpoint.tensors[name].shard)) as file:
+        return _tensor(file, name)
+
+
+def _fill(target: Tensor, source: _Source, weight: Tensor, scale: Tensor | None) -> None:
+    """Dequantise if needed and copy into the parameter, or into its part for one expert."""
+    if scale is not None:
+        fp8 = weight.dtype == torch.float8_e4m3fn
+        weight = dequantize_fp8(weight, scale) if fp8 else dequantize_fp4(weight, scale)
+    piece = source.piece
+    if piece.expert is not None:
+        target = target[piece.expert, piece.first_row : piece.first_row + piece.shape[0]]
+    target.copy_(weight)

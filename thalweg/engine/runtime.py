@@ -1,0 +1,206 @@
+"""From options to a running engine: every choice is made here, once, and each has a reason that start-up prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import psutil
+import torch
+
+from thalweg.cache.coordinator import Coordinator
+from thalweg.cache.geometry import CacheGroupSpec, cache_groups
+from thalweg.cache.policy import CheckpointPolicy
+from thalweg.checkpoint.loader import load_parameters
+from thalweg.checkpoint.parameters import parameters
+from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
+from thalweg.config.model import LayerKind, ModelConfig
+from thalweg.config.model_parse import default_model
+from thalweg.config.options import EngineOptions
+from thalweg.engine.batch import BatchBuilder
+from thalweg.engine.engine import Engine, EngineLimits
+from thalweg.engine.request import Sequence
+from thalweg.engine.runner import ModelRunner
+from thalweg.engine.sampler import Sampler
+from thalweg.engine.scheduler import Scheduler, SchedulerLimits
+from thalweg.errors import ConfigError
+from thalweg.kernels.registry import KernelSet, select_kernels
+from thalweg.memory.arena import CacheArena
+from thalweg.memory.capacity import CachePlan, plan_cache
+from thalweg.memory.layout import CacheLayout, RowFormat
+from thalweg.model.numerics import Numerics
+from thalweg.model.transformer import Model
+from thalweg.model.weights import allocate
+from thalweg.text.tokenizer import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEFAULT_CACHE_BYTES = 4 * 2**30
+_DEFAULT_CACHE_SHARE = 0.25  # of the memory that is available at start-up
+_FLOAT32_SHARE = 0.25  # weights are widened to fp32 on a CPU while they take no more of the memory than this
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One resolved setting and why it has its value."""
+
+    what: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """A loaded model and its engine, not started yet."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    model_name: str
+    model_config: ModelConfig
+    max_model_len: int
+    cache_plan: CachePlan
+    kernel_set: KernelSet
+    choices: tuple[Choice, ...]
+
+
+def model_directory(model: str) -> Path:
+    """The directory of a model option: `default` is the embedded one."""
+    return default_model() if model == "default" else Path(model)
+
+
+def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> Runtime:
+    """Load the model and lay out the caches. progress(done, total) counts weight tensors.
+
+    Raises ConfigError or CheckpointError naming the option, file or tensor.
+    """
+    directory = model_directory(options.model)
+    checkpoint = open_checkpoint(directory)
+    config = checkpoint.config
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}",
+            param="vocab_size",
+        )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device, numerics, choices = _numerics(options, config)
+    groups, plan = _cache_plan(options, config, numerics, choices)
+    max_model_len = _max_model_len(options, config, plan, choices)
+    weights = allocate(config, numerics.compute, device)
+    load_parameters(checkpoint, weights, progress=progress)
+    kernel_set = select_kernels(device)
+    model = Model(config, weights, numerics, kernel_set.kernels)
+    policy = CheckpointPolicy(config.unit_tokens, options.checkpoint_interval)
+    coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
+    limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
+    scheduler = Scheduler(coordinator, limits, _namespaces(checkpoint, numerics))
+    eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
+    runner = ModelRunner(model, CacheArena(plan, device), BatchBuilder(config, groups, device), Sampler(eos))
+    engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
+    name = options.served_model_name or ("thalweg-tiny" if options.model == "default" else directory.resolve().name)
+    return Runtime(
+        engine=Engine(scheduler, runner, engine_limits),
+        tokenizer=tokenizer,
+        model_name=name,
+        model_config=config,
+        max_model_len=max_model_len,
+        cache_plan=plan,
+        kernel_set=kernel_set,
+        choices=tuple(_about(options, checkpoint) + choices),
+    )
+
+
+def _about(options: EngineOptions, checkpoint: Checkpoint) -> list[Choice]:
+    config = checkpoint.config
+    kinds = ", ".join(f"{len(config.layers_of(kind))} {kind.value}" for kind in LayerKind if config.layers_of(kind))
+    count = sum(p.elements for p in parameters(config))
+    caching = "on" if options.enable_prefix_caching else "off"
+    return [
+        Choice(
+            "model",
+            str(checkpoint.directory.name),
+            f"{count / 1e6:,.1f} M parameters, {checkpoint.layout.value} layout",
+        ),
+        Choice("layers", str(config.num_layers), kinds),
+        Choice(
+            "prefix caching", caching, f"checkpoints by boundary rules and every {options.checkpoint_interval} tokens"
+        ),
+    ]
+
+
+def _numerics(options: EngineOptions, config: ModelConfig) -> tuple[torch.device, Numerics, list[Choice]]:
+    """Device and dtypes."""
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise ConfigError("device: cuda was asked for, but torch finds no CUDA device here", param="device")
+    use_cuda = cuda and options.device != "cpu"
+    device = torch.device("cuda" if use_cuda else "cpu")
+    compute, why = options.dtype, "as set"
+    if compute == "auto":
+        wide = 4 * sum(p.elements for p in parameters(config))
+        fits = wide <= _FLOAT32_SHARE * psutil.virtual_memory().total
+        compute = "float32" if not use_cuda and fits else "bfloat16"
+        why = "fp32 weights fit well in memory" if compute == "float32" else "the checkpoint's own width"
+    kept = compute if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    numerics = Numerics(_DTYPES[compute], _DTYPES[kept], options.quantization_simulation)
+    simulation = "FP8 KV and FP4 index rounding" if options.quantization_simulation else "no storage rounding"
+    choices = [
+        Choice(
+            "device", str(device), "a GPU is there" if use_cuda else "as set" if options.device == "cpu" else "no GPU"
+        ),
+        Choice("dtype", compute, why),
+        Choice("kv cache dtype", kept, simulation),
+        Choice("threads", str(torch.get_num_threads()), "as set" if options.threads else "torch's default"),
+    ]
+    return device, numerics, choices
+
+
+def _cache_plan(
+    options: EngineOptions, config: ModelConfig, numerics: Numerics, choices: list[Choice]
+) -> tuple[tuple[CacheGroupSpec, ...], CachePlan]:
+    budget, why = options.kv_cache_memory, "as set"
+    if budget is None:
+        available = psutil.virtual_memory().available
+        budget = int(min(_DEFAULT_CACHE_BYTES, _DEFAULT_CACHE_SHARE * available))
+        why = "the lesser of 4 GiB and a quarter of the free memory"
+    groups = cache_groups(config)
+    form = RowFormat("float32" if numerics.cache is torch.float32 else "bfloat16")
+    layout = CacheLayout(form, form, config.rope_dim)
+    plan = plan_cache(
+        groups,
+        layout,
+        budget_bytes=budget,
+        max_running=options.max_num_seqs,
+        prefix_caching=options.enable_prefix_caching,
+    )
+    choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
+    return groups, plan
+
+
+def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan, choices: list[Choice]) -> int:
+    most = config.max_position_embeddings
+    wanted = options.max_model_len or most
+    if wanted > most:
+        raise ConfigError(f"max_model_len: {wanted} is over the model's {most} positions", param="max_model_len")
+    if options.max_model_len and wanted > plan.token_capacity:
+        raise ConfigError(
+            f"max_model_len: {wanted} tokens do not fit the cache, which holds {plan.token_capacity}; "
+            "raise kv_cache_memory or lower max_model_len",
+            param="max_model_len",
+        )
+    length = min(wanted, plan.token_capacity)
+    why = "as set" if options.max_model_len else "the model's" if length == most else "what the cache memory holds"
+    choices.append(Choice("max model len", f"{length:,} tokens", why))
+    return length
+
+
+def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
+    """Prefix caches are shared only under the same weights, numerics and salt."""
+    about = f"{fingerprint(checkpoint)} {numerics}".encode()
+
+    def namespace(sequence: Sequence) -> bytes:
+        return blake2b(about + b"\0" + sequence.request.cache_salt.encode(), digest_size=16).digest()
+
+    return namespace
