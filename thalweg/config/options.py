@@ -32,6 +32,7 @@ class EngineOptions:
     kv_cache_memory: int | None = None  # bytes of all pools
     enable_prefix_caching: bool = True
     checkpoint_interval: int = 4096  # tokens between checkpoints kept of a long prompt; 0: none
+    chat_encoding: str = "preview"  # preview or later: the revision of the chat encoder the checkpoint was trained with
     max_waiting: int = 1024  # requests queued before 429
     threads: int | None = None  # intra-op threads
 
@@ -75,6 +76,7 @@ def _check(options: EngineOptions) -> None:
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16"),
         "kv_cache_dtype": ("auto", "float32", "bfloat16"),
+        "chat_encoding": ("preview", "later"),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:

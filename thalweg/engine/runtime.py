@@ -59,6 +59,8 @@ class Runtime:
     model_name: str
     model_config: ModelConfig
     max_model_len: int
+    chat_encoding: str
+    default_thinking: bool
     cache_plan: CachePlan
     kernel_set: KernelSet
     choices: tuple[Choice, ...]
@@ -106,6 +108,8 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         model_name=name,
         model_config=config,
         max_model_len=max_model_len,
+        chat_encoding=options.chat_encoding,
+        default_thinking=options.model != "default",  # released models think unless told not to; ours cannot
         cache_plan=plan,
         kernel_set=kernel_set,
         choices=tuple(_about(options, checkpoint) + choices),

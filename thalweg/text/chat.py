@@ -105,6 +105,11 @@ class ChatPrompt:
     boundaries: tuple[int, ...]
     starts_in: OutputStart
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the answer starts inside thinking."""
+        return self.starts_in is OutputStart.REASONING
+
 
 def read_effort(value: object, path: str = "reasoning_effort") -> ReasoningEffort:
     """One of the effort names that clients use. None is `low`. Raises RequestError naming the allowed ones."""

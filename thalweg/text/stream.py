@@ -1,122 +1,98 @@
-"""From a stream of tokens to a stream of text, and stop strings in it."""
+"""Token ids to text one by one, without broken characters, and stop strings found wherever tokens split them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import codecs
+from collections.abc import Callable, Iterable, Sequence
 
 from thalweg.text.tokenizer import Tokenizer
 
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte-level BPE alphabet: printable bytes stand for themselves, the rest for characters from U+0100 on."""
-    table = {byte: chr(byte) for byte in _PRINTABLE}
-    spare = 0x100
-    for byte in range(256):
-        if byte not in table:
-            table[byte] = chr(spare)
-            spare += 1
-    return {character: byte for byte, character in table.items()}
-
 
 class TokenStream:
-    """Text of tokens as they come, never with a broken character: bytes of an unfinished one are held back.
+    """Decodes one sequence incrementally; constant work per token.
 
-    Works on the tokens' own bytes, so that each token costs its own length however long the output is. The pieces
-    joined are what decoding all tokens at once gives.
+    The pieces joined equal `Tokenizer.decode` of all ids. A character that spans tokens is held back until its last
+    byte; what can no longer become a character comes out as U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._alphabet = _byte_alphabet()
-        self._held = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that this token completes."""
-        if self._tokenizer.is_special(token):
-            return self.flush() + self._tokenizer.token_text(token)
-        text = self._tokenizer.token_text(token)
-        self._held += bytes(self._alphabet[character] for character in text)
-        complete = len(self._held) - _unfinished(self._held)
-        ready, self._held = self._held[:complete], self._held[complete:]
-        return ready.decode("utf-8", errors="replace")
+        """The text that this id completes; often empty inside a multi-byte character."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def push_all(self, tokens: Iterable[int]) -> str:
+        """The text that these ids complete."""
+        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, tokens)))
 
     def flush(self) -> str:
-        """What is held back, as replacement characters: no more tokens will complete it."""
-        held, self._held = self._held, b""
-        return held.decode("utf-8", errors="replace")
-
-
-def _unfinished(data: bytes) -> int:
-    """Length of an incomplete UTF-8 character at the end that more bytes could complete."""
-    for length in range(1, min(3, len(data)) + 1):
-        byte = data[-length]
-        if byte >= 0xC0:
-            size = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return length if length < size and _possible(data[-length:]) else 0
-        if byte < 0x80:
-            return 0
-    return 0
-
-
-def _possible(start: bytes) -> bool:
-    """True if some continuation makes these bytes one valid character."""
-    fillers = (0x80, 0xBF, 0x90)
-    size = 2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4
-    candidates = [start + bytes([f] * (size - len(start))) for f in fillers]
-    return any(_valid(c) for c in candidates)
-
-
-def _valid(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def held_back(text: str, markers: Iterable[str]) -> int:
-    """Length of the longest end of `text` that is the beginning of a marker and may still become one."""
-    longest = 0
-    for marker in markers:
-        for length in range(min(len(marker) - 1, len(text)), longest, -1):
-            if text.endswith(marker[:length]):
-                longest = length
-                break
-    return longest
+        """What is held back, as replacement characters; the stream is then as new."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
 
 
 class StopMatcher:
-    """Holds back text that could begin a stop string; cuts the text before the first one that appears.
+    """Cuts a stream of text before the first stop string.
 
-    `active` says whether stop strings count yet (min_tokens): text passed while it is False is never matched.
+    The first match is the one that is complete first; of several that end together, the longest. Text that may be the
+    beginning of a stop string is held back. Work is proportional to text length times the number of stop strings.
+
+    `active` says whether stop strings count yet (min_tokens): text pushed while it is False is never part of a match.
     """
 
-    def __init__(self, stops: tuple[str, ...], active: Callable[[], bool] = lambda: True) -> None:
-        self._stops = stops
+    def __init__(self, stops: Sequence[str], active: Callable[[], bool] = lambda: True) -> None:
+        self._stops = [(stop, _borders(stop)) for stop in stops if stop]
         self._active = active
+        self._lengths = [0] * len(self._stops)
         self._held = ""
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """Text that is safe to show. After a match nothing more is shown."""
+        """The text that is now certain to come before any stop string; empty after a match."""
         if self.matched is not None:
             return ""
         if not self._stops or not self._active():
-            shown, self._held = self._held + text, ""
-            return shown
-        pending = self._held + text
-        found = [(pending.find(stop), -len(stop), stop) for stop in self._stops if stop in pending]
-        if found:
-            place, _, self.matched = min(found)
-            self._held = ""
-            return pending[:place]
-        keep = held_back(pending, self._stops)
-        self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
+            return self.flush() + text
+        window = self._held + text
+        for position, character in enumerate(text, start=len(self._held) + 1):
+            self.matched = self._advance(character)
+            if self.matched is not None:
+                self._held = ""
+                return window[: position - len(self.matched)]
+        certain = len(window) - max(self._lengths)
+        self._held = window[certain:]
+        return window[:certain]
 
     def flush(self) -> str:
-        """What was held back for nothing."""
-        held, self._held = self._held, ""
-        return held
+        """What was held back, at the end of the stream: it was no stop string after all."""
+        text, self._held = self._held, ""
+        self._lengths = [0] * len(self._stops)
+        return text
+
+    def _advance(self, character: str) -> str | None:
+        """Moves every stop string's automaton by one character; returns the longest stop string completed."""
+        found: str | None = None
+        for place, (stop, borders) in enumerate(self._stops):
+            length = self._lengths[place]
+            while length and stop[length] != character:
+                length = borders[length - 1]
+            length += stop[length] == character
+            self._lengths[place] = length
+            if length == len(stop) and (found is None or length > len(found)):
+                found = stop
+        return found
+
+
+def _borders(stop: str) -> list[int]:
+    """For each prefix of `stop`, the length of its longest proper prefix that is also its suffix (as in KMP search)."""
+    borders = [0] * len(stop)
+    length = 0
+    for position in range(1, len(stop)):
+        while length and stop[length] != stop[position]:
+            length = borders[length - 1]
+        length += stop[length] == stop[position]
+        borders[position] = length
+    return borders

@@ -1,0 +1,59 @@
+"""Engine options as flags, in the spellings that users of vLLM and SGLang type; shared by `serve` and `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thalweg.config.options import EngineOptions, load_options
+
+_PANEL = "Engine"
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_PANEL, show_default=False)
+
+
+Model = Annotated[str | None, typer.Argument(help="Model directory; the embedded default model if left out.")]
+ConfigFile = Annotated[Path | None, _option("--config", help="TOML file with engine options.")]
+ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use.")]
+Device = Annotated[str | None, _option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, _option("--dtype", help="auto, float32 or bfloat16.")]
+KvDtype = Annotated[str | None, _option("--kv-cache-dtype", help="auto, float32 or bfloat16.")]
+Simulation = Annotated[
+    bool | None, _option("--quantization-simulation", help="Round as FP8 KV and an FP4 index would.")
+]
+MaxLen = Annotated[int | None, _option("--max-model-len", "--context-length", help="Most tokens of prompt and output.")]
+MaxSeqs = Annotated[
+    int | None, _option("--max-num-seqs", "--max-running-requests", help="Most requests that run at once.")
+]
+StepTokens = Annotated[
+    int | None, _option("--max-num-batched-tokens", "--chunked-prefill-size", help="Token budget of one step.")
+]
+CacheMemory = Annotated[
+    str | None, _option("--kv-cache-memory", "--kv-cache-memory-bytes", help="Size of all cache pools, such as 8GiB.")
+]
+PrefixCaching = Annotated[
+    bool | None,
+    _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse computed prefixes (on by default)."),
+]
+Interval = Annotated[
+    int | None,
+    _option(
+        "--checkpoint-interval", "--prefix-cache-retention-interval", help="Tokens between kept checkpoints; 0: none."
+    ),
+]
+Encoding = Annotated[
+    str | None, _option("--chat-encoding", help="preview or later: the checkpoint's chat encoder revision.")
+]
+MaxWaiting = Annotated[int | None, _option("--max-waiting", help="Open requests before 429.")]
+Threads = Annotated[int | None, _option("--threads", help="CPU threads of one operation.")]
+
+
+def options_from(given: Mapping[str, Any]) -> EngineOptions:
+    """Engine options from a command's local variables: those with an option's name, and `config`."""
+    flags = {name: given[name] for name in EngineOptions.__dataclass_fields__ if name in given}
+    return load_options(flags, file=given.get("config"))

@@ -1,0 +1,30 @@
+"""Progress bars on stderr where a person watches; nothing where the output is piped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def output() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for tables where it is piped."""
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def bar() -> Progress:
+    """A progress display for counted work."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def weights_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for loading weights."""
+    with bar() as progress:
+        task = progress.add_task("loading weights")
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,93 @@
+"""`thalweg serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thalweg.cli import engine_flags as flags
+from thalweg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from thalweg.engine.runtime import Runtime
+
+_GRACE_SECONDS = 1
+_LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
+
+
+def serve(
+    model: flags.Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
+    config: flags.ConfigFile = None,
+    served_model_name: flags.ServedName = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    kv_cache_dtype: flags.KvDtype = None,
+    quantization_simulation: flags.Simulation = None,
+    max_model_len: flags.MaxLen = None,
+    max_num_seqs: flags.MaxSeqs = None,
+    max_num_batched_tokens: flags.StepTokens = None,
+    kv_cache_memory: flags.CacheMemory = None,
+    enable_prefix_caching: flags.PrefixCaching = None,
+    checkpoint_interval: flags.Interval = None,
+    chat_encoding: flags.Encoding = None,
+    max_waiting: flags.MaxWaiting = None,
+    threads: flags.Threads = None,
+) -> None:
+    """Serve a model over HTTP: OpenAI chat completions and completions, /health, /metrics."""
+    options = flags.options_from(locals())
+    listener = _listen(host, port)
+    import uvicorn
+
+    from thalweg.cli.progress import weights_progress
+    from thalweg.engine.runtime import build_runtime
+    from thalweg.server.app import create_app
+    from thalweg.server.service import Service
+
+    with weights_progress() as progress:
+        runtime = build_runtime(options, progress)
+    _print_report(runtime)
+    app = create_app(Service(runtime))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, timeout_keep_alive=75)
+    )
+    address, bound = listener.getsockname()[:2]
+    print(f"ready on http://{address}:{bound}/v1", flush=True)
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before the model is loaded: a taken port should not cost a load."""
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", param="port") from error
+
+
+def _print_report(runtime: Runtime) -> None:
+    """What was chosen and why, what fits, and which kernels run. Plain text where the output is piped."""
+    from rich.table import Table
+
+    from thalweg.cli.progress import output
+
+    console = output()
+    choices = Table("setting", "value", "why", title="thalweg", title_justify="left")
+    for choice in runtime.choices:
+        choices.add_row(choice.what, choice.value, choice.reason)
+    plan = runtime.cache_plan
+    pools = Table("cache group", "blocks", "bytes per block", "MiB", title="pools", title_justify="left")
+    for spec in plan.groups:
+        blocks, size = plan.pool_blocks[spec.group], plan.layout.block_bytes(spec)
+        pools.add_row(spec.group.value, f"{blocks:,}", f"{size:,}", f"{blocks * size / 2**20:,.1f}")
+    fits = "; ".join(f"{plan.sequences_of(n)} of {n:,}" for n in _LENGTHS if n <= runtime.max_model_len)
+    kernels: dict[tuple[str, str], list[str]] = {}
+    for kernel in runtime.kernel_set.choices:
+        kernels.setdefault((kernel.backend, kernel.reason), []).append(kernel.op)
+    console.print(choices)
+    console.print(pools)
+    console.print(f"cache holds {plan.token_capacity:,} tokens; sequences of tokens that fit at once: {fits}")
+    for (backend, reason), ops in kernels.items():
+        console.print(f"kernels: {backend} ({reason}): {', '.join(ops)}")

@@ -1,0 +1,182 @@
+"""The HTTP application: routes, error form and body limit. Nothing here computes; the engine has its own thread."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import thalweg
+from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableError
+from thalweg.server.chat import chat_completions, encode_conversation
+from thalweg.server.completions import completions
+from thalweg.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
+from thalweg.server.service import MAX_BODY_BYTES, Service
+from thalweg.server.wire import error_response
+
+
+class BodyTooLargeError(RequestError):
+    """The body is over MAX_BODY_BYTES."""
+
+    status = 413
+    kind = "body_too_large"
+
+
+class WrongContentTypeError(RequestError):
+    """A body of another type than JSON."""
+
+    status = 415
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over one service. Starting and stopping the engine belongs to its lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.runtime.engine.start()
+        yield
+        service.runtime.engine.close()
+
+    app = FastAPI(title="thalweg", version=thalweg.__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    _add_errors(app)
+    _add_models(app, service)
+    _add_generation(app, service)
+    _add_operations(app, service)
+    return app
+
+
+async def read_json(request: Request) -> Any:
+    """The JSON body, within the limit. Raises RequestError saying what is wrong with it."""
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise WrongContentTypeError(f"content-type is {kind!r}; it must be application/json", param="content-type")
+    declared = request.headers.get("content-length", "0")
+    body = bytearray()
+    if declared.isdigit() and int(declared) <= MAX_BODY_BYTES:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY_BYTES:
+                break
+    if len(body) > MAX_BODY_BYTES or not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
+        raise BodyTooLargeError(f"the body is larger than the limit of {MAX_BODY_BYTES} bytes")
+    try:
+        return from_json(bytes(body))
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}") from error
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ThalwegError)
+    async def own(_: Request, error: ThalwegError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        wrapped = RequestError(f"{request.method} {request.url.path}: {error.detail}")
+        response = error_response(wrapped)
+        response.status_code = error.status_code
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(_: Request, error: RequestValidationError) -> Response:
+        return error_response(RequestError(str(error.errors()[0]["msg"])))
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        return error_response(EngineError(f"internal error: {type(error).__name__}"))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    runtime = service.runtime
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": runtime.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "thalweg",
+            "root": runtime.model_name,
+            "max_model_len": runtime.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card()
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    """Both spellings: DeepSeek's own API has no /v1."""
+
+    async def chat(request: Request) -> Response:
+        body = parse_body(ChatBody, await read_json(request))
+        return await chat_completions(service, body, request)
+
+    async def complete(request: Request) -> Response:
+        body = parse_body(CompletionBody, await read_json(request))
+        return await completions(service, body, request)
+
+    routes: tuple[tuple[str, Callable[[Request], Awaitable[Response]]], ...] = (
+        ("/v1/chat/completions", chat),
+        ("/chat/completions", chat),
+        ("/v1/completions", complete),
+        ("/completions", complete),
+    )
+    for path, endpoint in routes:
+        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    runtime = service.runtime
+
+    @app.get("/health")
+    async def health() -> Response:
+        status = runtime.engine.status()
+        if not status.healthy:
+            raise UnavailableError(status.failure or "the engine is stopping")
+        return JSONResponse({"status": "ok", "running": status.running, "waiting": status.waiting})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": thalweg.__version__}
+
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/reset_prefix_cache")
+    async def reset() -> dict[str, int]:
+        return {"forgotten_tokens": await service.off_loop(1 << 30, runtime.engine.reset_prefix_cache)}
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = parse_body(TokenizeBody, await read_json(request))
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            text = body.prompt
+            ids = await service.off_loop(len(text), lambda: service.encode_plain(text))
+        else:
+            ids = list((await encode_conversation(service, ChatBody(messages=body.messages or []))).token_ids)
+        return {"tokens": ids, "count": len(ids), "max_model_len": runtime.max_model_len}
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        body = parse_body(DetokenizeBody, await read_json(request))
+        service.check_model(body.model)
+        wrong = next((t for t in body.tokens if t >= runtime.tokenizer.vocab_size), None)
+        if wrong is not None:
+            last = runtime.tokenizer.vocab_size - 1
+            raise RequestError(f"tokens has {wrong}; ids go from 0 to {last}", param="tokens")
+        return {"prompt": runtime.tokenizer.decode(body.tokens)}

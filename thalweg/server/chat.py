@@ -1,0 +1,237 @@
+"""POST /v1/chat/completions: messages in; reasoning, content and tool calls out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from thalweg.errors import RequestError, nearest
+from thalweg.server.choices import collected, merged
+from thalweg.server.generation import Generation, Piece
+from thalweg.server.schemas import ChatBody
+from thalweg.server.service import Prompt, Service, new_id
+from thalweg.server.sse import Message, event_stream
+from thalweg.server.usage import chat_logprobs, usage_fields
+from thalweg.text.chat import (
+    ChatOptions,
+    ChatPrompt,
+    EncoderRevision,
+    ReasoningEffort,
+    ToolChoice,
+    encode_chat,
+    read_effort,
+)
+from thalweg.text.deltas import ContentText, Delta, ReasoningText, ToolCallArguments, ToolCallStart, collect
+from thalweg.text.parse import ChatParser
+from thalweg.types import FinishReason, Usage
+
+_THINKING_NAMES = ("thinking", "enable_thinking")
+
+
+async def chat_completions(service: Service, body: ChatBody, request: Request) -> Response:
+    """Answer one conversation with `n` choices."""
+    service.check_model(body.model)
+    logprobs, stops = body.wanted_logprobs(), body.stops()
+    if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
+        raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+    encoded = await encode_conversation(service, body)
+    prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries)
+    response_id = new_id("chatcmpl")
+    generations: list[Generation] = []
+    try:
+        for choice in range(body.n or 1):
+            max_tokens = body.max_completion_tokens or body.max_tokens
+            sampling = body.sampling(max_tokens=max_tokens, logprobs=logprobs, choice=choice)
+            parser = ChatParser(service.runtime.tokenizer, encoded.starts_in)
+            name, salt = f"{response_id}-{choice}", body.cache_salt or ""
+            generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, salt=salt))
+    except BaseException:
+        for generation in generations:
+            generation.close()
+        raise
+    answer = _Answer(service, body, response_id, generations, encoded)
+    if body.stream:
+        return event_stream(answer.stream())
+    return JSONResponse(answer.whole(await collected(request, generations)))
+
+
+async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
+    """The prompt of a chat body. Long conversations are encoded off the event loop."""
+    options = _options(service, body)
+    size = sum(_size(message) for message in body.messages)
+    tokenizer = service.runtime.tokenizer
+    return await service.off_loop(size, lambda: encode_chat(body.messages, tokenizer, options))
+
+
+def _size(message: Any) -> int:
+    """Characters of a message's content, roughly."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _options(service: Service, body: ChatBody) -> ChatOptions:
+    effort = body.reasoning_effort
+    thinking = _thinking(service, body)
+    return ChatOptions(
+        thinking=thinking,
+        reasoning_effort=ReasoningEffort.LOW if effort == "none" else read_effort(effort),
+        revision=EncoderRevision(service.runtime.chat_encoding),
+        tools=body.tools or None,
+        tool_choice=ToolChoice(body.tool_choice or "auto"),
+    )
+
+
+def _thinking(service: Service, body: ChatBody) -> bool:
+    """Whether the model thinks: DeepSeek's field, vLLM's template arguments, effort `none`, or the model's default."""
+    wishes = set()
+    for name, value in (body.chat_template_kwargs or {}).items():
+        path = f"chat_template_kwargs.{name}"
+        if name not in _THINKING_NAMES:
+            raise RequestError(f"{path} is not supported.{nearest(name, _THINKING_NAMES)}", param=path)
+        if not isinstance(value, bool):
+            raise RequestError(f"{path} must be true or false", param=path)
+        wishes.add(value)
+    if body.thinking is not None:
+        wishes.add(body.thinking.type == "enabled")
+    if body.reasoning_effort == "none":
+        wishes.add(False)
+    if len(wishes) > 1:
+        raise RequestError("the request both enables and disables thinking", param="thinking")
+    return wishes.pop() if wishes else service.runtime.default_thinking
+
+
+class _Answer:
+    """Chunks and the whole response of one request."""
+
+    def __init__(
+        self, service: Service, body: ChatBody, response_id: str, generations: list[Generation], prompt: ChatPrompt
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._generations = generations
+        self._choices = [_Choice(prompt.thinking) for _ in generations]
+        self._options = body.stream_options
+        self._common = {"id": response_id, "created": int(time.time()), "model": service.runtime.model_name}
+
+    def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
+        choices, usages = [], []
+        for index, own in enumerate(pieces):
+            choice = self._choices[index]
+            for piece in own:
+                choice.count(piece)
+            parsed = collect([delta for piece in own for delta in piece.deltas])
+            message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
+            if parsed.reasoning or choice.thinking:
+                message["reasoning_content"] = parsed.reasoning
+            if parsed.tool_calls:
+                message["content"] = parsed.content or None
+                message["tool_calls"] = [_call(i, c.name, c.arguments) for i, c in enumerate(parsed.tool_calls)]
+            finish = self._finish(index, own[-1].finish)
+            logprobs = self._logprobs([token for piece in own for token in piece.tokens])
+            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
+            usages += [piece.usage for piece in own[-1:] if piece.usage is not None]
+        return {**self._common, "object": "chat.completion", "choices": choices, "usage": self._usage(usages)}
+
+    async def stream(self) -> AsyncGenerator[Message, None]:
+        usages: dict[int, Usage] = {}
+        pieces = merged(self._generations)
+        try:
+            async for index, piece in pieces:
+                if piece.progress is not None:
+                    yield piece.progress
+                    continue
+                self._choices[index].count(piece)
+                if piece.usage is not None:
+                    usages[index] = piece.usage
+                for chunk in self._chunks(index, piece):
+                    if self._options and self._options.continuous_usage_stats:
+                        chunk["usage"] = self._usage(list(usages.values()))
+                    yield chunk
+        finally:
+            await pieces.aclose()
+        if self._options and self._options.include_usage:
+            yield self._chunk([]) | {"usage": self._usage([usages[i] for i in sorted(usages)])}
+
+    def _chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """One chunk per delta; log-probabilities and the finish reason go with the last one."""
+        choice = self._choices[index]
+        shown = [choice.delta(delta) for delta in piece.deltas]
+        deltas = [fields for fields in shown if fields] or [{}]
+        logprobs = self._logprobs(list(piece.tokens))
+        if deltas == [{}] and piece.finish is None and not (logprobs and piece.tokens) and choice.role_sent:
+            return []
+        if not choice.role_sent:
+            deltas[0] = {"role": "assistant", "content": "", **deltas[0]}
+            choice.role_sent = True
+        finish = self._finish(index, piece.finish)
+        last = len(deltas) - 1
+        return [
+            self._chunk([{
+                "index": index,
+                "delta": fields,
+                "logprobs": logprobs if place == last else None,
+                "finish_reason": finish if place == last else None,
+            }])
+            for place, fields in enumerate(deltas)
+        ]  # fmt: skip
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._common, "object": "chat.completion.chunk", "choices": choices}
+
+    def _finish(self, index: int, finish: FinishReason | None) -> str | None:
+        """`tool_calls` where the answer ends with complete calls; `malformed_tool_call` where markup was no call."""
+        if finish is not FinishReason.STOP:
+            return None if finish is None else finish.value
+        parser = self._generations[index].reader
+        assert isinstance(parser, ChatParser), "a chat answer was read by something else"
+        if parser.malformed:
+            return "malformed_tool_call"
+        return "tool_calls" if parser.tool_calls else "stop"
+
+    def _logprobs(self, tokens: list[Any]) -> dict[str, Any] | None:
+        return chat_logprobs(self._service.runtime.tokenizer, tokens) if self._body.logprobs else None
+
+    def _usage(self, usages: list[Usage]) -> dict[str, Any]:
+        return usage_fields(usages, sum(choice.reasoning_tokens for choice in self._choices))
+
+
+class _Choice:
+    """What has been sent of one choice."""
+
+    def __init__(self, thinking: bool) -> None:
+        self.thinking = thinking
+        self.role_sent = False
+        self.reasoning_tokens = 0
+        self._in_reasoning = thinking
+
+    def count(self, piece: Piece) -> None:
+        """Tokens up to the first content or call are reasoning, where the answer began inside thinking."""
+        if not self._in_reasoning:
+            return
+        self.reasoning_tokens += len(piece.tokens)
+        self._in_reasoning = all(isinstance(delta, ReasoningText) for delta in piece.deltas)
+
+    def delta(self, delta: Delta) -> dict[str, Any]:
+        """A streamed delta in OpenAI's form, with DeepSeek's reasoning_content."""
+        if isinstance(delta, ReasoningText):
+            return {"reasoning_content": delta.text}
+        if isinstance(delta, ContentText):
+            return {"content": delta.text}
+        if isinstance(delta, ToolCallStart):
+            return {"tool_calls": [{"index": delta.index, **_call(delta.index, delta.name, "")}]}
+        if isinstance(delta, ToolCallArguments):
+            return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+        return {}
+
+
+def _call(index: int, name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{index}_{secrets.token_hex(8)}", "type": "function", "function": function}

@@ -1,0 +1,121 @@
+"""POST /v1/completions: text or tokens in, text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from thalweg.errors import RequestError
+from thalweg.server.choices import collected, merged
+from thalweg.server.generation import Generation, Piece, PlainReader
+from thalweg.server.schemas import CompletionBody
+from thalweg.server.service import Prompt, Service, new_id
+from thalweg.server.sse import Message, event_stream
+from thalweg.server.usage import completion_logprobs, usage_fields
+from thalweg.types import Usage
+
+_MOST_PROMPTS = 64
+
+
+async def completions(service: Service, body: CompletionBody, request: Request) -> Response:
+    """Answer one request; several prompts and `n` give several choices, prompt by prompt."""
+    service.check_model(body.model)
+    prompts = await _prompts(service, body)
+    stops, count = body.stops(), body.n or 1
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default of this endpoint
+    generations: list[Generation] = []
+    try:
+        for prompt in prompts:
+            for choice in range(count):
+                sampling = body.sampling(max_tokens=max_tokens, logprobs=body.logprobs, choice=choice)
+                reader = PlainReader(service.runtime.tokenizer)
+                salt = body.cache_salt or ""
+                started = service.start(prompt, sampling, reader, request_id=new_id("cmpl"), stops=stops, salt=salt)
+                generations.append(started)
+    except BaseException:
+        for generation in generations:
+            generation.close()
+        raise
+    answer = _Answer(service, body, generations, count)
+    if body.stream:
+        return event_stream(answer.stream())
+    return JSONResponse(answer.whole(await collected(request, generations)))
+
+
+async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
+    """One prompt or a list of them, as text or as token ids."""
+    given: Any = body.prompt
+    if isinstance(given, list) and not given:
+        raise RequestError("prompt is empty", param="prompt")
+    many = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    if len(many) > _MOST_PROMPTS:
+        raise RequestError(f"prompt lists {len(many)} prompts; at most {_MOST_PROMPTS} are allowed", param="prompt")
+    prompts = []
+    for one in many:
+        if isinstance(one, str):
+            one = await service.off_loop(len(one), lambda text=one: service.encode_plain(text))  # type: ignore[misc]
+        prompts.append(service.prompt_of_ids(one))
+    return prompts
+
+
+class _Answer:
+    """Chunks and the whole response of one request."""
+
+    def __init__(self, service: Service, body: CompletionBody, generations: list[Generation], per_prompt: int) -> None:
+        self._service = service
+        self._body = body
+        self._generations = generations
+        self._per_prompt = per_prompt
+        self._options = body.stream_options
+        self._common = {
+            "id": generations[0].request.request_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.runtime.model_name,
+        }
+
+    def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
+        choices = [self._choice(i, "".join(p.text for p in own), own, 0) for i, own in enumerate(pieces)]
+        last = [own[-1].usage for own in pieces]
+        return {**self._common, "choices": choices, "usage": self._usage([u for u in last if u is not None])}
+
+    async def stream(self) -> AsyncGenerator[Message, None]:
+        usages: dict[int, Usage] = {}
+        offsets = [0] * len(self._generations)
+        async for index, piece in merged(self._generations):
+            if piece.progress is not None:
+                yield piece.progress
+                continue
+            if piece.usage is not None:
+                usages[index] = piece.usage
+            chunk = {**self._common, "choices": [self._choice(index, piece.text, [piece], offsets[index])]}
+            offsets[index] += len(piece.text)
+            if self._options and self._options.continuous_usage_stats:
+                chunk["usage"] = self._usage(list(usages.values()))
+            yield chunk
+        if self._options and self._options.include_usage:
+            yield {**self._common, "choices": [], "usage": self._usage([usages[i] for i in sorted(usages)])}
+
+    def _choice(self, index: int, text: str, pieces: list[Piece], offset: int) -> dict[str, Any]:
+        finish = pieces[-1].finish if pieces else None
+        logprobs = None
+        if self._body.logprobs is not None:
+            tokens = [token for piece in pieces for token in piece.tokens]
+            logprobs = completion_logprobs(self._service.runtime.tokenizer, tokens, offset)
+        reason = None if finish is None else finish.value
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _usage(self, usages: list[Usage]) -> dict[str, Any]:
+        """Every prompt counts once, however many choices it has."""
+        fields = usage_fields(usages)
+        for usage in usages[self._per_prompt :: self._per_prompt]:
+            fields["prompt_tokens"] += usage.prompt_tokens
+            fields["total_tokens"] += usage.prompt_tokens
+            fields["prompt_tokens_details"]["cached_tokens"] += usage.cached_tokens
+            fields["prompt_cache_hit_tokens"] += usage.cached_tokens
+            fields["prompt_cache_miss_tokens"] += usage.prompt_tokens - usage.cached_tokens
+        return fields

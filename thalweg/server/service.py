@@ -1,0 +1,99 @@
+"""What every endpoint needs: the runtime, request limits and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from thalweg.engine.runtime import Runtime
+from thalweg.errors import RequestError, UnknownModelError, nearest
+from thalweg.metrics.prometheus import EngineGauges, PoolGauges, RequestMetrics
+from thalweg.server.generation import Generation, OutputReader
+from thalweg.types import GenerateRequest, SamplingParams, TokenArray
+
+MAX_BODY_BYTES = 64 * 2**20
+_LONG_TEXT = 20_000  # characters above which encoding leaves the event loop: about 10 ms of work
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """An encoded prompt: tokens and the positions at which later prompts may diverge."""
+
+    tokens: TokenArray
+    hints: tuple[int, ...] = ()
+
+
+def new_id(prefix: str) -> str:
+    """A response id that nobody can guess."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+class Service:
+    """One loaded model behind HTTP."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.metrics = RequestMetrics(self._gauges)
+        self.created = int(time.time())
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModelError unless the request names this model, or none."""
+        own = self.runtime.model_name
+        if name is not None and name != own:
+            raise UnknownModelError(
+                f"no model {name!r} here; this server has {own!r}.{nearest(name, [own])}", param="model"
+            )
+
+    async def off_loop(self, size: int, work: Callable[[], Result]) -> Result:
+        """Run CPU work of a large text in a thread, so that the event loop goes on answering."""
+        return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a completion prompt: BOS and the text, in which control strings stay text."""
+        tokenizer = self.runtime.tokenizer
+        return [tokenizer.bos_id, *tokenizer.encode_text(text)]
+
+    def prompt_of_ids(self, ids: list[int]) -> Prompt:
+        """Token ids that a client sent. The engine checks them against the vocabulary."""
+        if ids and max(ids) >= 2**31:
+            raise RequestError("the prompt has a token id outside the vocabulary", param="prompt")
+        return Prompt(np.array(ids, np.int32))
+
+    def start(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        reader: OutputReader,
+        *,
+        request_id: str,
+        stops: tuple[str, ...] = (),
+        salt: str = "",
+    ) -> Generation:
+        """Submit a request to the engine; must run on the event loop."""
+        request = GenerateRequest(
+            request_id=request_id,
+            prompt=prompt.tokens,
+            sampling=sampling,
+            cache_salt=salt,
+            cache_hints=prompt.hints,
+        )
+        return Generation(self.runtime.engine, request, reader, stops, self.metrics)
+
+    def _gauges(self) -> EngineGauges:
+        status, plan = self.runtime.engine.status(), self.runtime.cache_plan
+        sizes = {spec.group.value: plan.layout.block_bytes(spec) for spec in plan.groups}
+        pools = tuple(
+            PoolGauges(
+                g.group, g.total_blocks, g.total_blocks - g.free_blocks - g.idle_blocks, g.cached_blocks, sizes[g.group]
+            )
+            for g in status.groups
+        )
+        return EngineGauges(status.running, status.waiting, pools, status.counters)

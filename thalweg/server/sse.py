@@ -1,0 +1,66 @@
+"""Server-sent events: data lines, progress comments while a prompt is computed, keep-alives in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from thalweg.errors import EngineError, ThalwegError
+from thalweg.server.wire import error_fields
+from thalweg.types import PrefillProgress
+
+KEEP_ALIVE_SECONDS = 5.0
+_PROGRESS_SECONDS = 0.5
+
+Message = dict[str, Any] | PrefillProgress
+
+
+def data_line(fields: dict[str, Any]) -> str:
+    return f"data: {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def event_stream(messages: AsyncGenerator[Message, None]) -> StreamingResponse:
+    """The response that sends messages as they come. Headers go out at once."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_lines(messages), media_type="text/event-stream", headers=headers)
+
+
+async def _lines(messages: AsyncGenerator[Message, None]) -> AsyncIterator[str]:
+    """Data lines and comments. An error in mid-stream is sent as data: the status line is gone by then."""
+    shown = 0.0
+    pending = asyncio.ensure_future(_next(messages))
+    try:
+        yield ": accepted\n\n"
+        while True:
+            done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
+            if not done:
+                yield ": keep-alive\n\n"
+                continue
+            message = pending.result()
+            if message is None:
+                break
+            pending = asyncio.ensure_future(_next(messages))
+            if not isinstance(message, PrefillProgress):
+                yield data_line(message)
+            elif time.monotonic() - shown >= _PROGRESS_SECONDS:
+                shown = time.monotonic()
+                yield f": prefill {message.done_tokens}/{message.prompt_tokens}\n\n"
+        yield "data: [DONE]\n\n"
+    except ThalwegError as error:
+        yield data_line({"error": error_fields(error)})
+    except Exception as error:
+        yield data_line({"error": error_fields(EngineError(f"the stream failed: {error}"))})
+        raise
+    finally:
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)
+        await messages.aclose()
+
+
+async def _next(messages: AsyncGenerator[Message, None]) -> Message | None:
+    return await anext(messages, None)
