@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import deepseek_recipe as recipe
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,7 +85,7 @@ OUTPUTS = {
     "python constant": CALL.replace("[1, 2.5, null]", "True"),
     "string flag missing": CALL.replace(' string="false"', ""),
     "think again": f"{THINK}{THINK}\nhm{END_THINK}{END_THINK}ok {END_THINK} {THINK}",
-    "bare marks": "｜DSML｜ |DSML| <｜DSML｜ </｜DSML｜",
+    "bare marks": "｜DSML｜ |DSML| /|DSML| <｜DSML｜ </｜DSML｜",
     "long name": f'<｜DSML｜invoke name="{"n" * 2000}">\n',
     "mark in value": CALL.replace("tea", "<｜DSML｜tool_calls> ｜DSML｜ <｜DSML｜x></think>"),
 }
@@ -105,15 +107,38 @@ def test_every_split_point_gives_the_same_message(name: str, plain: bool, embedd
 
 
 FRAGMENTS = [
-    "a", "\n", "\n\n", " ", "<", "</", ">", "|", "｜", "D", "DSML", "｜DSML", "/", '"', "tool_calls>", "tool_calls", "invoke",
-    ' name="f">', ' name="k" string="true">', ' name="k" string="false">', "parameter", "parameter>", "invoke>", "{}", "1",
-    "function_calls>", "é", "|DSML|", "think>", "true", "{", "<|DSML|tool_calls>", '<|DSML|invoke name="g">',
-]  # fmt: skip
+    *(
+        "a",
+        "@",
+        "@@ ",
+        "\n",
+        "\n\n",
+        " ",
+        "<",
+        "</",
+        ">",
+        "|",
+        "｜",
+        "D",
+        "DSML",
+        "｜DSML",
+        "/",
+        '"',
+        "{",
+        "{}",
+        "1",
+        "é",
+    ),
+    *("tool_calls>", "tool_calls", "function_calls>", "invoke", "invoke>", "parameter", "parameter>", "think>", "true"),
+    *(' name="f">', ' name="k" string="true">', ' name="k" string="false">', "|DSML|"),
+    *("<|DSML|tool_calls>", '<|DSML|invoke name="g">', "｜DSML｜"),
+]
 CONTROLS = [DSML, THINK, END_THINK, EOS, "<｜User｜>"]
 TAGS = [
-    "<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n', '<｜DSML｜parameter name="k" string="true">', "</｜DSML｜invoke>\n",
-    '<｜DSML｜parameter name="j" string="false">', "</｜DSML｜parameter>\n", "</｜DSML｜tool_calls>",
-]  # fmt: skip
+    *("<｜DSML｜tool_calls>\n", '<｜DSML｜invoke name="f">\n', '<｜DSML｜parameter name="k" string="true">'),
+    *('<｜DSML｜parameter name="j" string="false">', "</｜DSML｜parameter>\n", "</｜DSML｜invoke>\n"),
+    "</｜DSML｜tool_calls>",
+]
 PIECE = st.one_of(
     st.sampled_from(FRAGMENTS).map(lambda text: [(text, False)]),
     st.sampled_from(CONTROLS).map(lambda text: [(text, True)]),
@@ -137,24 +162,59 @@ def test_random_output_in_random_cuts(
     whole = parse_pieces(embedded, joined, starts_in)
     assert parse_pieces(embedded, cut(joined, size), starts_in) == whole
     assert parse_pieces(embedded, pieces, starts_in) == whole
-    assert "｜DSML｜" not in whole.content and "<|DSML|" not in whole.content
+    if not whole.unparsed:  # text on both sides of what was taken out may look like a mark by chance
+        assert "｜DSML｜" not in whole.content and "<|DSML|" not in whole.content
     for call in whole.tool_calls:
         assert isinstance(json.loads(call.arguments), dict)
 
 
-@settings(max_examples=300, deadline=None)
-@given(pieces=OUTPUT, starts_in=st.sampled_from([OutputStart.REASONING, OutputStart.CONTENT]))
+@settings(max_examples=400, deadline=None)
+@given(pieces=OUTPUT, starts_in=st.sampled_from(OutputStart))
 def test_no_letter_is_lost(pieces: list[tuple[str, bool]], starts_in: OutputStart, embedded: Tokenizer) -> None:
-    """A letter that occurs nowhere in markup is found again, as often as it was said."""
-    said = [(text.replace("a", "@"), special) if not special else (text, special) for text, special in pieces]
-    message = parse_pieces(embedded, [*said, ("@@", False)], starts_in)
-    names = "".join(call.name for call in message.tool_calls)
-    found = message.reasoning + message.content + message.unparsed + names
-    found += "".join(call.arguments for call in message.tool_calls)
-    count = sum(text.count("@") for text, special in said if not special) - sum(
-        text.count("p@r@meter") * 2 for text, special in said if not special
+    """A character that no markup uses is found again as often as it was said."""
+    said = [*pieces, ("@", False)]
+    message = parse_pieces(embedded, said, starts_in)
+    found = message.reasoning + message.content + message.unparsed
+    found += "".join(call.name + call.arguments for call in message.tool_calls)
+    assert found.count("@") == sum(text.count("@") for text, _ in said)
+
+
+WELL_FORMED = ["content", "call", "thinking and call", "two calls", "no arguments", "mark in value"]
+REPAIRED_BY_BOTH = ["without blank line", "one line", "without block tags", "block not closed", "invoke not closed"]
+
+
+@pytest.mark.parametrize("name", [*WELL_FORMED, *REPAIRED_BY_BOTH, "older block name", "missing angle"])
+def test_messages_equal_those_of_the_oracle(name: str, official: Tokenizer, official_path: Path) -> None:
+    """DeepSeek's own stream parser, fed with the same tokens one by one."""
+    tokens: list[int] = []
+    for text, special in pieces_of(OUTPUTS[name].removesuffix(EOS)):
+        tokens += [official.special_id(text)] if special else official.encode_text(text)
+    thinking = "thinking" in name
+    body = {
+        "model": "DeepSeek-V4-Pro",
+        "messages": [{"role": "user", "content": "?"}],
+        "thinking": {"type": "enabled" if thinking else "disabled"},
+        "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}],
+    }
+    request = recipe.ChatCompletionRequest(body).convert(recipe.ConversionOptions())
+    processor = recipe.StreamProcessor(
+        recipe.ChatCompletionRequest.chunk_generator(request, "id", "model"),
+        request.parsing_options,
+        recipe.Tokenizer.from_file(str(official_path)),
     )
-    assert found.count("@") >= count + 2
+    chunks = [chunk for token in tokens for chunk in processor.push(recipe.InferenceChunk.tokens([token]))]
+    chunks += processor.push(recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop))
+    response = recipe.ChatCompletionResponse("id", "model", 0, 1, 0)
+    for chunk in [*chunks, *processor.finish()]:
+        response.accumulate(chunk)
+    expected = json.loads(response.to_json())["choices"][0]["message"]
+    message = parse_message(tokens, official, OutputStart.REASONING if thinking else OutputStart.CONTENT)
+    assert message.content == (expected["content"] or "")
+    assert message.reasoning == (expected.get("reasoning_content") or "")
+    assert [(call.name, json.loads(call.arguments)) for call in message.tool_calls] == [
+        (call["function"]["name"], json.loads(call["function"]["arguments"])) for call in expected.get("tool_calls", [])
+    ]
+    assert not message.malformed
 
 
 def message_of(name: str, embedded: Tokenizer, starts_in: OutputStart, plain: bool = False) -> ParsedMessage:
@@ -174,6 +234,7 @@ def message_of(name: str, embedded: Tokenizer, starts_in: OutputStart, plain: bo
         ("invoke not closed", "", 1),
         ("parameter not closed", "", 1),
         ("older block name", "", 1),
+        ("missing angle", "", 1),
         ("text behind", "\n and so on", 1),
     ],
 )

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+import thalweg
 from thalweg.errors import ConfigError
 from thalweg.text.markers import ASSISTANT, BOS, DSML, END_THINK, EOS, LATEST_REMINDER, TASK_MARKERS, THINK, USER
 from thalweg.text.tokenizer import Tokenizer
@@ -51,7 +52,10 @@ def test_spelled_control_strings_are_ordinary_tokens(official: Tokenizer, offici
         deepseek_recipe.Tokenizer.from_file(str(official_path))
     )
     specials = {official.special_id(text) for text in official.special_texts}
-    texts = [*(text for text in official.special_texts if "holder" not in text), f"a{USER}b {END_THINK}\n<{DSML}invoke>"]
+    texts = [
+        *(text for text in official.special_texts if "holder" not in text),
+        f"a{USER}b {END_THINK}\n<{DSML}invoke>",
+    ]
     for text in texts:
         ids = official.encode_text(text)
         assert specials.isdisjoint(ids)
@@ -117,8 +121,6 @@ def test_unknown_ids_are_empty(official: Tokenizer) -> None:
 
 
 def test_errors_name_the_file_and_the_string(tmp_path: Path, embedded: Tokenizer) -> None:
-    import thalweg
-
     with pytest.raises(ConfigError, match="cannot read"):
         Tokenizer.load(tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -140,16 +142,16 @@ def test_errors_name_the_file_and_the_string(tmp_path: Path, embedded: Tokenizer
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": USER}))
     assert Tokenizer.load(tmp_path).eos_id == embedded.special_id(USER)
-    with pytest.raises(ConfigError, match="no control token '<｜Usr｜>'. Did you mean '<｜User｜>'"):
+    with pytest.raises(ConfigError, match=r"no control token '<｜Usr｜>'\. Did you mean '<｜User｜>'"):
         embedded.special_id("<｜Usr｜>")
 
 
 def test_a_vocabulary_in_which_text_reaches_a_control_id_is_refused(tmp_path: Path) -> None:
-    import thalweg
-
     source = Path(thalweg.__file__).parent / "data" / "default" / "tokenizer.json"
     description = json.loads(source.read_text(encoding="utf-8"))
-    description["added_tokens"].append({**description["added_tokens"][-1], "id": description["model"]["vocab"]["e"], "content": "e"})
+    description["added_tokens"].append(
+        {**description["added_tokens"][-1], "id": description["model"]["vocab"]["e"], "content": "e"}
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(ConfigError, match="must keep them apart"):
         Tokenizer.load(tmp_path)

@@ -142,10 +142,10 @@ class Coordinator:
             return MissReason.TOO_SHORT, None
         if match.resume == limit:
             return MissReason.NONE, None
-        if len(match.path) > match.resume:
-            return MissReason.NO_CHECKPOINT, match.common_tokens
         if match.next_was_evicted:
             return MissReason.EVICTED, None
+        if len(match.path) > match.resume:
+            return MissReason.NO_CHECKPOINT, match.common_tokens
         last = match.path[-1] if match.path else self.index.root(namespace)
         if not last.children:
             return (MissReason.NONE if match.path else MissReason.COLD), None

@@ -8,14 +8,15 @@ import numpy as np
 class BlockPool:
     """A fixed number of blocks with reference counts.
 
-    A block is free (no reference), idle (its only reference is the prefix index's) or in use.
+    A block is free (no reference), idle (only the prefix index holds it) or in use. The index may hold a block more
+    than once: where the window is wider than a unit, neighbouring checkpoints share window blocks.
     """
 
     def __init__(self, total_blocks: int) -> None:
         self.total_blocks = total_blocks
         self._free = list(range(total_blocks - 1, -1, -1))
         self._references = np.zeros(total_blocks, np.int32)
-        self._cached = np.zeros(total_blocks, np.bool_)
+        self._cached = np.zeros(total_blocks, np.int32)  # of the references, how many are the index's
         self._idle_blocks = 0
 
     @property
@@ -30,7 +31,7 @@ class BlockPool:
     @property
     def cached_blocks(self) -> int:
         """Blocks that the prefix index holds, in use or idle."""
-        return int(self._cached.sum())
+        return int((self._cached > 0).sum())
 
     def allocate(self) -> int:
         """Take one free block; the caller holds its only reference and has checked `free_blocks`."""
@@ -49,7 +50,7 @@ class BlockPool:
 
     def release(self, block: int) -> None:
         """Drop a request's reference."""
-        assert self._references[block] > int(self._cached[block]), "released more often than held"
+        assert self._references[block] > self._cached[block], "released more often than held"
         self._references[block] -= 1
         if self._idle(block):
             self._idle_blocks += 1
@@ -57,27 +58,26 @@ class BlockPool:
             self._free.append(block)
 
     def keep(self, block: int) -> None:
-        """Add the prefix index's reference to a block that a request holds."""
-        assert self._references[block] > 0, "cached a free block"
-        assert not self._cached[block], "cached a block twice"
-        self._cached[block] = True
+        """Add a reference of the prefix index to a block that a request holds."""
+        assert self._references[block] > self._cached[block], "cached a block that no request holds"
+        self._cached[block] += 1
         self._references[block] += 1
 
     def drop(self, block: int) -> None:
-        """Drop the prefix index's reference."""
-        assert self._cached[block], "dropped a block that was not cached"
-        if self._idle(block):
-            self._idle_blocks -= 1
-        self._cached[block] = False
+        """Drop a reference of the prefix index."""
+        assert self._cached[block] > 0, "dropped a block that was not cached"
+        was_idle = self._idle(block)
+        self._cached[block] -= 1
         self._references[block] -= 1
         if self._references[block] == 0:
             self._free.append(block)
+        self._idle_blocks -= was_idle and not self._idle(block)
 
     def is_idle(self, block: int) -> bool:
         return self._idle(block)
 
     def _idle(self, block: int) -> bool:
-        return bool(self._cached[block]) and int(self._references[block]) == 1
+        return bool(0 < self._cached[block] == self._references[block])
 
     def references(self) -> np.ndarray:
         """Reference counts, int32 [total_blocks]: for conservation checks."""
@@ -89,5 +89,5 @@ class BlockPool:
         assert held + len(self._free) == self.total_blocks, "a block was lost"
         assert len(set(self._free)) == len(self._free), "a block is free twice"
         assert all(self._references[block] == 0 for block in self._free), "a free block is held"
-        idle = int(((self._references == 1) & self._cached).sum())
+        idle = int(((self._references == self._cached) & (self._cached > 0)).sum())
         assert idle == self._idle_blocks, "the idle count drifted"

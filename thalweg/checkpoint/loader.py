@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,16 +57,24 @@ def load_parameters(
         shards.setdefault(str(source.entry.shard), []).append(source)
     done, read = 0, 0
     for shard in sorted(shards):
-        with _open(shard) as file:
-            for source in shards[shard]:
-                weight = _tensor(file, source.piece.name)
-                scale = None if source.scale is None else _scale(checkpoint, source.scale)
-                _fill(destination[source.parameter.name], source, weight, scale)
-                read += weight.numel() * weight.element_size()
-                done += 1
-                if progress is not None:
-                    progress(done, len(sources))
+        for count in _load_shard(checkpoint, shard, shards[shard], destination):
+            read += count
+            done += 1
+            if progress is not None:
+                progress(done, len(sources))
     return LoadReport(done, len(parameters(checkpoint.config)), read, skipped)
+
+
+def _load_shard(
+    checkpoint: Checkpoint, shard: str, sources: list[_Source], destination: Mapping[str, Tensor]
+) -> Iterator[int]:
+    """Fill what one file holds; yields the bytes of each weight. The file is mapped only while this runs."""
+    with _open(shard) as file:
+        for source in sources:
+            weight = _tensor(file, source.piece.name)
+            scale = None if source.scale is None else _scale(checkpoint, source.scale)
+            _fill(destination[source.parameter.name], source, weight, scale)
+            yield weight.numel() * weight.element_size()
 
 
 def _resolve(checkpoint: Checkpoint) -> tuple[dict[str, _Source], tuple[str, ...]]:

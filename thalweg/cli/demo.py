@@ -1,5 +1,185 @@
-"""placeholder"""
+"""`thalweg demo`: the whole job once, on this machine: serve, read a long document, ask twice, show what it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thalweg.cli.http import Client
+from thalweg.cli.progress import bar, output
+from thalweg.errors import ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+_CHARACTERS_PER_TOKEN = 3.4  # of Python source under the embedded tokenizer, rounded up
+_START_SECONDS = 120
+_QUESTIONS = ("What is the value of magic_number?", "What is the value of password?")
+_NEEDLES = {0.35: "The value of magic_number is 48213.", 0.7: "The value of password is 90257."}
+_ANSWER_TOKENS = 32
 
 
-def demo() -> None:
-    """Run the whole job."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one question cost. Seconds by this process's clock."""
+
+    text: str
+    prompt_tokens: int
+    cached_tokens: int
+    first_token_seconds: float
+    decode_tokens_per_second: float
+
+
+def demo(
+    tokens: Annotated[int, typer.Option(help="Least length of the document.")] = 100_000,
+    model: Annotated[str, typer.Option(help="Model directory; the embedded default if left out.")] = "default",
+) -> None:
+    """Serve the embedded model, read a long real document over HTTP, ask two questions, print a table."""
+    console = output()
+    document = read_document(tokens)
+    try:
+        with running_server(model) as (client, process):
+            console.print(f"document: {len(document):,} characters of this Python's standard library")
+            answers = [_ask(client, document, question, console) for question in _QUESTIONS]
+            _report(console, client, process, answers)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        sys.exit(130)
+
+
+def read_document(tokens: int) -> str:
+    """Source files of this Python's standard library, sorted by path: about so many tokens, with two facts hidden."""
+    wanted = int(tokens * _CHARACTERS_PER_TOKEN)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    lines: list[str] = []
+    size = 0
+    for path in sorted(root.rglob("*.py")):
+        if _LEFT_OUT.intersection(path.relative_to(root).parts):
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            lines.append(line)
+            size += len(line) + 1
+        if size >= wanted:
+            break
+    if size < wanted:
+        raise ConfigError(f"{root} has only {size:,} characters of source, {wanted:,} are needed", param="tokens")
+    for depth, needle in sorted(_NEEDLES.items(), reverse=True):
+        lines.insert(int(depth * len(lines)), needle)
+    return "\n".join(lines)
+
+
+@contextmanager
+def running_server(model: str) -> Iterator[tuple[Client, subprocess.Popen[str]]]:
+    """A real server process on a free port; ended when the block ends, however it ends."""
+    command = [sys.executable, "-m", "thalweg", "serve", model, "--port", "0", "--max-num-seqs", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield Client("127.0.0.1", _ready_port(process)), process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _ready_port(process: subprocess.Popen[str]) -> int:
+    """Wait for the line that says where the server listens."""
+    assert process.stdout is not None and process.stderr is not None, "the server was started without pipes"
+    deadline = time.monotonic() + _START_SECONDS
+    with bar() as progress:
+        progress.add_task("starting the server", total=None)
+        while time.monotonic() < deadline:
+            line = process.stdout.readline()
+            if line.startswith("ready on "):
+                return int(line.rsplit(":", 1)[1].split("/")[0])
+            if not line:
+                raise UnavailableError(f"the server did not start: {process.stderr.read().strip()}")
+    raise UnavailableError(f"the server was not ready after {_START_SECONDS} s")
+
+
+def _ask(client: Client, document: str, question: str, console: Console) -> Answer:
+    """One chat request over the document, streamed; a bar while the prompt is read."""
+    fields = {
+        "messages": [{"role": "user", "content": f"{document}\n\n{question}"}],
+        "max_tokens": _ANSWER_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    begin = time.monotonic()
+    first = last = 0.0
+    text = ""
+    usage: dict[str, Any] = {}
+    with bar() as progress:
+        task = progress.add_task("sending the document", total=None)
+        for kind, line in client.events("/v1/chat/completions", fields):
+            if kind == "comment":
+                _show_progress(progress, task, line)
+                continue
+            chunk: dict[str, Any] = json.loads(line)
+            if "error" in chunk:
+                raise UnavailableError(chunk["error"]["message"])
+            usage = chunk.get("usage") or usage
+            if chunk["choices"]:
+                last = time.monotonic()
+                first = first or last
+                text += chunk["choices"][0]["delta"].get("content") or ""
+    output_tokens = usage["completion_tokens"]
+    speed = (output_tokens - 1) / (last - first) if last > first else float("nan")
+    console.print(f"\nQ: {question}\nA: {text}", markup=False)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return Answer(text, usage["prompt_tokens"], cached, first - begin, speed)
+
+
+def _show_progress(progress: Any, task: Any, comment: str) -> None:
+    if comment.startswith("prefill "):
+        done, total = comment.removeprefix("prefill ").split("/")
+        progress.update(task, description="reading", completed=int(done), total=int(total))
+
+
+def _report(console: Console, client: Client, process: subprocess.Popen[str], answers: list[Answer]) -> None:
+    import psutil
+    from rich.table import Table
+
+    cold, warm = answers
+    table = Table("figure", "value", title="one real run", title_justify="left")
+    table.add_row("context tokens", f"{cold.prompt_tokens:,}")
+    table.add_row("time to first token, cold", f"{cold.first_token_seconds:,.2f} s")
+    table.add_row("prefill", f"{cold.prompt_tokens / cold.first_token_seconds:,.0f} tokens/s")
+    table.add_row(
+        "time to first token, warm", f"{warm.first_token_seconds:,.2f} s ({warm.cached_tokens:,} tokens cached)"
+    )
+    table.add_row("decode", f"{max(cold.decode_tokens_per_second, warm.decode_tokens_per_second):,.1f} tokens/s")
+    total = 0
+    for group, size in _cache_bytes(client.get("/metrics")).items():
+        table.add_row(f"cache bytes: {group}", f"{size:,}")
+        total += size
+    table.add_row("cache bytes: all", f"{total:,}")
+    memory = psutil.Process(process.pid).memory_info().rss
+    table.add_row("memory of the server (resident)", f"{memory / 2**20:,.0f} MiB")
+    console.print()
+    console.print(table)
+
+
+def _cache_bytes(metrics: str) -> dict[str, int]:
+    """Bytes that hold cached rows, by group."""
+    values: dict[str, dict[str, float]] = {}
+    for line in metrics.splitlines():
+        name, _, rest = line.partition('{group="')
+        if rest and name.startswith("thalweg_cache_"):
+            group, _, value = rest.partition('"} ')
+            values.setdefault(group, {})[name.removeprefix("thalweg_cache_")] = float(value)
+    return {g: int((v["cached_blocks"]) * v["block_bytes"]) for g, v in values.items() if v["cached_blocks"]}

@@ -81,14 +81,15 @@ async def _stream(runtime: Runtime, text: str, chat: bool, sampling: SamplingPar
     else:
         prompt = service.prompt_of_ids(service.encode_plain(text))
     generation = service.start(prompt, sampling, PlainReader(runtime.tokenizer), request_id="generate")
-    with bar() as progress:
-        task = progress.add_task("reading the prompt", total=len(prompt.tokens))
-        async with aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                if piece.progress is not None:
-                    progress.update(task, completed=piece.progress.done_tokens)
-                    continue
-                progress.update(task, visible=False)
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+    async with aclosing(generation.pieces()) as pieces:
+        with bar() as progress:
+            task = progress.add_task("reading the prompt", total=len(prompt.tokens))
+            first = await anext(pieces)
+            while first.progress is not None:
+                progress.update(task, completed=first.progress.done_tokens)
+                first = await anext(pieces)
+        sys.stdout.write(first.text)
+        async for piece in pieces:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
     sys.stdout.write("\n")

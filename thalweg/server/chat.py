@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -142,27 +143,23 @@ class _Answer:
 
     async def stream(self) -> AsyncGenerator[Message, None]:
         usages: dict[int, Usage] = {}
-        pieces = merged(self._generations)
-        try:
+        async with aclosing(merged(self._generations)) as pieces:
             async for index, piece in pieces:
                 if piece.progress is not None:
                     yield piece.progress
-                    continue
-                self._choices[index].count(piece)
                 if piece.usage is not None:
                     usages[index] = piece.usage
-                for chunk in self._chunks(index, piece):
-                    if self._options and self._options.continuous_usage_stats:
-                        chunk["usage"] = self._usage(list(usages.values()))
+                for chunk in self._chunks(index, piece, list(usages.values())):
                     yield chunk
-        finally:
-            await pieces.aclose()
         if self._options and self._options.include_usage:
             yield self._chunk([]) | {"usage": self._usage([usages[i] for i in sorted(usages)])}
 
-    def _chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def _chunks(self, index: int, piece: Piece, usages: list[Usage]) -> list[dict[str, Any]]:
         """One chunk per delta; log-probabilities and the finish reason go with the last one."""
+        if piece.progress is not None:
+            return []
         choice = self._choices[index]
+        choice.count(piece)
         shown = [choice.delta(delta) for delta in piece.deltas]
         deltas = [fields for fields in shown if fields] or [{}]
         logprobs = self._logprobs(list(piece.tokens))
@@ -173,8 +170,10 @@ class _Answer:
             choice.role_sent = True
         finish = self._finish(index, piece.finish)
         last = len(deltas) - 1
+        continuous = self._options is not None and self._options.continuous_usage_stats
+        usage = {"usage": self._usage(usages)} if continuous else {}
         return [
-            self._chunk([{
+            usage | self._chunk([{
                 "index": index,
                 "delta": fields,
                 "logprobs": logprobs if place == last else None,

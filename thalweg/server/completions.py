@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -86,19 +87,24 @@ class _Answer:
     async def stream(self) -> AsyncGenerator[Message, None]:
         usages: dict[int, Usage] = {}
         offsets = [0] * len(self._generations)
-        async for index, piece in merged(self._generations):
-            if piece.progress is not None:
-                yield piece.progress
-                continue
-            if piece.usage is not None:
-                usages[index] = piece.usage
-            chunk = {**self._common, "choices": [self._choice(index, piece.text, [piece], offsets[index])]}
-            offsets[index] += len(piece.text)
-            if self._options and self._options.continuous_usage_stats:
-                chunk["usage"] = self._usage(list(usages.values()))
-            yield chunk
+        async with aclosing(merged(self._generations)) as pieces:
+            async for index, piece in pieces:
+                if piece.progress is not None:
+                    yield piece.progress
+                    continue
+                if piece.usage is not None:
+                    usages[index] = piece.usage
+                yield self._part(index, piece, offsets[index], list(usages.values()))
+                offsets[index] += len(piece.text)
         if self._options and self._options.include_usage:
             yield {**self._common, "choices": [], "usage": self._usage([usages[i] for i in sorted(usages)])}
+
+    def _part(self, index: int, piece: Piece, offset: int, usages: list[Usage]) -> dict[str, Any]:
+        """One chunk of a stream."""
+        chunk = {**self._common, "choices": [self._choice(index, piece.text, [piece], offset)]}
+        if self._options and self._options.continuous_usage_stats:
+            chunk["usage"] = self._usage(usages)
+        return chunk
 
     def _choice(self, index: int, text: str, pieces: list[Piece], offset: int) -> dict[str, Any]:
         finish = pieces[-1].finish if pieces else None

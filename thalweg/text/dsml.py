@@ -19,7 +19,7 @@ THINK_MARK = "\ud801"
 END_THINK_MARK = "\ud802"
 
 CONTROL_ONLY = re.compile(DSML_MARK)
-ANY_SPELLING = re.compile(rf"{DSML_MARK}|｜DSML[｜|]|(?<=[</])\|DSML[｜|]")
+ANY_SPELLING = re.compile(rf"{DSML_MARK}|｜DSML[｜|]|(?:(?<=<)|(?<=</))\|DSML[｜|]")
 # What may be the beginning of a tag whose mark is spelled in plain text, or of one whose mark is still to come.
 TAG_BEGINNING = re.compile(r"</?(?:[｜|](?:D(?:S(?:ML?)?)?)?)?\Z")
 

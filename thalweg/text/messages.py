@@ -165,7 +165,8 @@ def _read_assistant(raw: Mapping[str, Any], path: str) -> Message:
     open_turn = _read_flag(raw.get("wo_eos"), f"{path}.wo_eos")
     prefix = _read_flag(raw.get("prefix"), f"{path}.prefix")
     if raw.get("content") is None and not tool_calls and reasoning is None and not (open_turn or prefix):
-        raise RequestError(f"{path} must have content, reasoning_content or tool_calls", param=f"{path}.content")
+        message = f"{path}.content is missing: an assistant message has content, reasoning_content or tool_calls"
+        raise RequestError(message, param=f"{path}.content")
     content = "" if raw.get("content") is None else _read_content(raw["content"], f"{path}.content")
     return Message(
         Role.ASSISTANT,
@@ -182,7 +183,7 @@ def _read_role(value: object, path: str) -> Role:
     if isinstance(value, str) and value in set(Role):
         return Role(value)
     allowed = ", ".join(Role)
-    hint = nearest(value, Role) if isinstance(value, str) else ""
+    hint = nearest(value, [role.value for role in Role]) if isinstance(value, str) else ""
     raise RequestError(f"{path} must be one of {allowed}; got {value!r:.80}.{hint}", param=path)
 
 

@@ -184,24 +184,28 @@ class ChatParser:
 
     def _draft(self) -> bool:
         """A block inside thinking, from its leading line breaks on."""
-        opener = _DRAFT_OPENER.match(self._buffer)
-        following = opener.end() if opener else 0
-        end = self._buffer.find(END_THINK_MARK, self._searched)
-        closer = _DRAFT_CLOSER.search(self._buffer, self._searched)
-        if not _DRAFT_CALL.startswith(self._buffer[following : following + len(_DRAFT_CALL)]):
-            self._show_reasoning(following)
-        elif end >= 0:
-            self._show_reasoning(end)
-        elif closer and self._buffer[closer.end() :].strip():
-            self._show_reasoning(closer.end())
+        length = self._draft_length()
+        if length is not None:
+            self._show_reasoning(length)
+            self._state = _State.REASONING
         elif self._final:
             self._enter(_State.CONTENT)
-            return True
-        else:
-            self._searched = closer.start() if closer else max(0, len(self._buffer) - _LONGEST_CLOSER)
-            return False
-        self._state = _State.REASONING
-        return True
+        return length is not None or self._final
+
+    def _draft_length(self) -> int | None:
+        """How much of the buffer is certain to be reasoning and no call; None while all of it may be calls."""
+        opener = _DRAFT_OPENER.match(self._buffer)
+        following = opener.end() if opener else 0
+        if not _DRAFT_CALL.startswith(self._buffer[following : following + len(_DRAFT_CALL)]):
+            return following
+        end = self._buffer.find(END_THINK_MARK, self._searched)
+        if end >= 0:
+            return end
+        closer = _DRAFT_CLOSER.search(self._buffer, self._searched)
+        if closer and self._buffer[closer.end() :].strip():
+            return closer.end()
+        self._searched = closer.start() if closer else max(0, len(self._buffer) - _LONGEST_CLOSER)
+        return None
 
     def _content(self) -> bool:
         if self._fresh and self._buffer[:1] in (THINK_MARK, END_THINK_MARK):
@@ -238,7 +242,9 @@ class ChatParser:
         """Between calls."""
         tag = self._tag_in_front()
         if tag is None:
-            if self._final and (self._buffer.strip() or not self._calls_in_block):
+            rest = self._buffer.strip()
+            closing = not rest or rest.startswith("</")  # calls are whole, only the block's own end is not
+            if self._final and not (closing and self._calls_in_block):
                 self._unparsed.append(spelled(self._opener))
                 self._refuse(len(self._buffer))
                 self._opener = ""
@@ -273,7 +279,6 @@ class ChatParser:
             self._body += spelled(self._take(self._stray_end(tag)))
             return True
         if tag.word is Word.PARAMETER:
-            self._skip(tag.end)
             self._begin_value(tag)
             return True
         if tag.word is Word.INVOKE and tag.closing:
@@ -365,8 +370,9 @@ class ChatParser:
     def _begin_value(self, tag: Tag) -> None:
         self._discarding = self._arguments.has(tag.name)  # JSON cannot take the first one back
         if self._discarding:
-            self.malformed = True
+            self._refuse(tag.end)
         else:
+            self._skip(tag.end)
             self._add_arguments(self._arguments.begin_value(tag.name, tag.is_string))
         self._state = _State.VALUE
 

@@ -1,0 +1,99 @@
+"""The rules that keep the code readable: sizes, nesting, names, and words that have no place here."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(p for folder in ("thalweg", "training") for p in (ROOT / folder).rglob("*.py"))
+MOST_FILE_LINES, MOST_FUNCTION_LINES, MOST_ARGUMENTS, MOST_NESTING = 500, 60, 8, 3
+# Command verbs take one argument per flag: the framework reads their signatures.
+MANY_ARGUMENTS = {"serve", "generate", "new_model"}
+BAD_NAMES = re.compile(r"manager|utils|helper|(^|_)base(_|\.|$)", re.IGNORECASE)
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module", params=FILES, ids=name_of)
+def source(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, FUNCTIONS))
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Depth of blocks in a function; `elif` continues its `if`, an inner function starts anew."""
+    deepest = depth
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or isinstance(child, FUNCTIONS):
+                continue
+            continues = name == "orelse" and isinstance(node, ast.If) and isinstance(child, ast.If)
+            deepest = max(deepest, nesting(child, depth + (isinstance(child, BLOCKS) and not continues)))
+    return deepest
+
+
+def test_sizes(source: Path) -> None:
+    text = source.read_text()
+    assert len(text.splitlines()) <= MOST_FILE_LINES
+    for function in functions(ast.parse(text)):
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        assert lines <= MOST_FUNCTION_LINES, f"{function.name} has {lines} lines"
+        arguments = function.args
+        count = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
+        own = bool(arguments.args) and arguments.args[0].arg in ("self", "cls")
+        assert count - own <= MOST_ARGUMENTS or function.name in MANY_ARGUMENTS, f"{function.name} takes {count}"
+        assert nesting(function) <= MOST_NESTING, f"{function.name} nests {nesting(function)} deep"
+
+
+def test_docstrings_and_names(source: Path) -> None:
+    tree = ast.parse(source.read_text())
+    assert ast.get_docstring(tree) or not source.read_text().strip(), "a module without a docstring"
+    assert not BAD_NAMES.search(source.name), "the file's name says nothing"
+    for node in ast.walk(tree):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            assert not BAD_NAMES.search(node.name), f"{node.name} says nothing"
+
+
+def test_no_mutable_state_in_modules(source: Path) -> None:
+    for node in ast.parse(source.read_text()).body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
+        constant = all(name.isupper() or name.startswith("__") for name in names)
+        assert not isinstance(value, MUTABLE) or constant, f"module state at line {node.lineno}"
+        assert not isinstance(node, ast.Global), "a module writes globals"
+
+
+def test_imports_point_down() -> None:
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    # Put together here, so that this file does not match itself.
+    words = ["/wo" + "rk/", "shared/" + "design", "sub" + "agent", "CL" + "AUDE", "TO" + "DO", "FIX" + "ME"]
+    pattern = re.compile("|".join(map(re.escape, words)))
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".toml", ".json", ".txt", ""} and path.is_file() and "data" not in path.parts:
+            found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert not found, f"{name}: {found.group() if found else ''}"
