@@ -70,6 +70,12 @@ def _check(options: EngineOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}: {value} is below the least allowed value 1", param=name)
+    if options.max_num_batched_tokens <= options.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens: {options.max_num_batched_tokens} must be above max_num_seqs, "
+            f"{options.max_num_seqs}: each decoding request takes one token of a step, and prompts need some too",
+            param="max_num_batched_tokens",
+        )
     if options.checkpoint_interval < 0:
         raise ConfigError(f"checkpoint_interval: {options.checkpoint_interval} is below 0", param="checkpoint_interval")
     choices = {

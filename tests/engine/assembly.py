@@ -1,0 +1,146 @@
+"""Real engines over small random models, and a runner without a model for tests of scheduling."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from thalweg.cache.coordinator import Coordinator
+from thalweg.cache.geometry import cache_groups
+from thalweg.cache.policy import CheckpointPolicy
+from thalweg.checkpoint.random_model import random_parameters
+from thalweg.config.model_parse import parse_model_config
+from thalweg.engine.batch import BatchBuilder
+from thalweg.engine.engine import Engine, EngineLimits
+from thalweg.engine.plan import StepPlan, StepResult
+from thalweg.engine.runner import ModelRunner, Runner
+from thalweg.engine.sampler import Sampler
+from thalweg.engine.scheduler import Scheduler, SchedulerLimits
+from thalweg.kernels.registry import select_kernels
+from thalweg.memory.arena import CacheArena
+from thalweg.memory.capacity import CachePlan, plan_cache
+from thalweg.memory.layout import CacheLayout, RowFormat
+from thalweg.model.numerics import Numerics
+from thalweg.model.transformer import Model
+from thalweg.types import Event, GenerateRequest, PrefillProgress, SamplingParams, TokenEvent
+
+EOS = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an engine is laid out."""
+
+    max_running: int = 8
+    max_step_tokens: int = 256
+    cache_bytes: int = 60_000_000
+    checkpoint_interval: int = 256
+    prefix_caching: bool = True
+    simulate_quantization: bool = False
+
+
+class Models:
+    """Random models by config, made once."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, dict[str, torch.Tensor]] = {}
+
+    def runner(self, fields: dict[str, Any], shape: Shape) -> tuple[ModelRunner, CachePlan]:
+        config = parse_model_config(fields)
+        key = repr(sorted(fields.items(), key=lambda item: item[0]))
+        if key not in self._weights:
+            self._weights[key] = {p.name: value for p, value in random_parameters(config, 3)}
+        device = torch.device("cpu")
+        groups = cache_groups(config)
+        layout = CacheLayout(RowFormat.FLOAT32, RowFormat.FLOAT32, config.rope_dim)
+        plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
+        numerics = Numerics(simulate_quantization=shape.simulate_quantization)
+        model = Model(config, self._weights[key], numerics, select_kernels(device).kernels)
+        builder = BatchBuilder(config, groups, device)
+        return ModelRunner(model, CacheArena(plan, device), builder, Sampler((EOS,))), plan
+
+
+def engine_of(fields: dict[str, Any], runner: Runner, plan: CachePlan, shape: Shape) -> Engine:
+    """An engine, started."""
+    config = parse_model_config(fields)
+    policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval)
+    coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
+    limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
+    scheduler = Scheduler(coordinator, limits, lambda sequence: sequence.request.cache_salt.encode())
+    engine_limits = EngineLimits(1 << 20, plan.token_capacity, config.vocab_size, 64, (EOS,))
+    engine = Engine(scheduler, runner, engine_limits)
+    engine.start()
+    return engine
+
+
+@dataclass
+class Outcome:
+    """Everything that one request was told."""
+
+    events: list[Event] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    started: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        self.started.set()
+        if isinstance(event, TokenEvent) and event.finish is not None:
+            self.done.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [t.token for e in self.events if isinstance(e, TokenEvent) for t in e.tokens]
+
+    @property
+    def last(self) -> TokenEvent:
+        event = self.events[-1]
+        assert isinstance(event, TokenEvent) and event.finish is not None
+        return event
+
+    @property
+    def progress(self) -> list[int]:
+        return [e.done_tokens for e in self.events if isinstance(e, PrefillProgress)]
+
+
+def submit(engine: Engine, name: str, prompt: SequenceOf[int], **sampling: Any) -> Outcome:
+    outcome = Outcome()
+    salt = sampling.pop("cache_salt", "")
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})
+    engine.submit(GenerateRequest(name, np.array(prompt, np.int32), params, cache_salt=salt), outcome)
+    return outcome
+
+
+def answer(engine: Engine, name: str, prompt: SequenceOf[int], **sampling: Any) -> Outcome:
+    """Submit and wait for the end."""
+    outcome = submit(engine, name, prompt, **sampling)
+    assert outcome.done.wait(60), "no terminal event"
+    return outcome
+
+
+class CountingRunner:
+    """A runner without a model: each output token is the number of tokens so far, modulo a vocabulary."""
+
+    def __init__(self, vocabulary: int = 90) -> None:
+        self.plans: list[tuple[tuple[str, int, int, bool], ...]] = []
+        self.fail_at: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self._vocabulary = vocabulary
+
+    def run(self, plan: StepPlan) -> StepResult:
+        from thalweg.types import SampledToken
+
+        self.gate.wait(30)
+        self.plans.append(plan.description())
+        if len(self.plans) in self.fail_at:
+            raise RuntimeError("injected failure")
+        sampling = [item for item in plan.sequences if item.samples]
+        return StepResult({i.request_id: SampledToken(2 + i.end % (self._vocabulary - 2)) for i in sampling})
+
+    def forget(self, request_id: str) -> None:
+        pass
