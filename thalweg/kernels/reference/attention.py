@@ -91,8 +91,10 @@ def _add_window(softmax: _Softmax, rows: Tensor, origin: int, positions: Tensor,
 def _add_selected(softmax: _Softmax, entries: PagedRows, s: int, selected: Tensor) -> None:
     if entries.offsets[s] == entries.offsets[s + 1]:
         return
-    rows = entries.rows[entry_slots(entries, s, selected.clamp_min(0))]
-    softmax.add(rows.float(), selected >= 0)
+    visible = selected >= 0
+    rows = entries.rows[entry_slots(entries, s, selected.clamp_min(0))].float()
+    # A row that stands in for "none" may hold anything, NaN too, and a weight of zero would not silence that.
+    softmax.add(rows.masked_fill(~visible[..., None], 0.0), visible)
 
 
 def _add_all(softmax: _Softmax, entries: PagedRows, s: int, visible: Tensor) -> None:
