@@ -13,8 +13,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from thalweg.types import FinishReason, Usage
-
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
@@ -38,6 +36,18 @@ class EngineGauges:
     waiting: int
     pools: tuple[PoolGauges, ...]
     counters: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRequest:
+    """What a request came to. `seconds` from arrival to end."""
+
+    reason: str
+    miss_reason: str
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    seconds: float
 
 
 class EngineCollector(Collector):
@@ -98,19 +108,19 @@ class RequestMetrics:
         for histogram in self._between:
             histogram.observe(seconds)
 
-    def finished(self, reason: FinishReason, usage: Usage, seconds: float) -> None:
-        self._finished.labels(reason.value).inc()
-        self._misses.labels(usage.miss_reason.value).inc()
+    def finished(self, request: FinishedRequest) -> None:
+        self._finished.labels(request.reason).inc()
+        self._misses.labels(request.miss_reason).inc()
         for counters, value in (
-            (self._prompt, usage.prompt_tokens),
-            (self._output, usage.output_tokens),
-            (self._queries, usage.prompt_tokens),
-            (self._hits, usage.cached_tokens),
+            (self._prompt, request.prompt_tokens),
+            (self._output, request.output_tokens),
+            (self._queries, request.prompt_tokens),
+            (self._hits, request.cached_tokens),
         ):
             for counter in counters:
                 counter.inc(value)
         for histogram in self._whole:
-            histogram.observe(seconds)
+            histogram.observe(request.seconds)
 
     def exposition(self) -> bytes:
         """The text of /metrics."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from thalweg.errors import EngineError
-from thalweg.metrics.prometheus import RequestMetrics
+from thalweg.metrics.prometheus import FinishedRequest, RequestMetrics
 from thalweg.text.deltas import ContentText, Delta
 from thalweg.text.stream import StopMatcher, TokenStream
 from thalweg.text.tokenizer import Tokenizer
@@ -159,7 +159,16 @@ class Generation:
 
     def _end(self, reason: FinishReason, usage: Usage) -> None:
         self._ended = True
-        self._metrics.finished(reason, usage, time.monotonic() - self._arrived)
+        self._metrics.finished(
+            FinishedRequest(
+                reason=reason.value,
+                miss_reason=usage.miss_reason.value,
+                prompt_tokens=usage.prompt_tokens,
+                output_tokens=usage.output_tokens,
+                cached_tokens=usage.cached_tokens,
+                seconds=time.monotonic() - self._arrived,
+            )
+        )
 
 
 def _pass_on(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:

@@ -1,0 +1,211 @@
+"""attention, index_topk and compress against dense float64 twins written from model-spec 3.3 to 3.7."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.kernels.backends import Kernels, every_backend
+from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments
+from thalweg.kernels.spec import spec_of
+
+HEADS, WIDTH, WINDOW, BLOCK = 3, 8, 16, 4
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sums(counts: list[int]) -> tuple[int, ...]:
+    return tuple(sum(counts[:i]) for i in range(len(counts) + 1))
+
+
+@dataclass
+class Scene:
+    """Sequences with `past` and `new` tokens each; the entries of each lie in shuffled blocks."""
+
+    past: list[int]
+    new: list[int]
+    ratio: int
+    width: int = WIDTH
+
+    def __post_init__(self) -> None:
+        self.ends = [p + n for p, n in zip(self.past, self.new, strict=True)]
+        self.keys = [random(end, self.width, seed=i) for i, end in enumerate(self.ends)]
+        self.entries = [random(max(1, end // self.ratio), self.width, seed=90 + i) for i, end in enumerate(self.ends)]
+        blocks = [-(-len(e) // BLOCK) for e in self.entries]
+        order = torch.randperm(sum(blocks) + 3, generator=torch.Generator().manual_seed(9))[: sum(blocks)]
+        self.paged = PagedRows(torch.zeros((sum(blocks) + 3) * BLOCK, self.width), order, sums(blocks), BLOCK)
+        for s, rows in enumerate(self.entries):
+            for w in range(len(rows)):
+                block = int(order[self.paged.offsets[s] + w // BLOCK])
+                self.paged.rows[block * BLOCK + w % BLOCK] = rows[w]
+
+    def context(self, queries: Segments, *, entries: bool) -> AttentionContext:
+        seen = [min(p, WINDOW - 1) for p in self.past]
+        old = torch.cat([k[p - n : p] for k, p, n in zip(self.keys, self.past, seen, strict=True)])
+        slots = torch.randperm(len(old) + 5, generator=torch.Generator().manual_seed(4))[: len(old)]
+        pool = torch.full((len(old) + 5, self.width), float("nan"))
+        pool[slots] = old
+        keys = Segments(sums(self.new), tuple(self.past))
+        paged = self.paged if entries else None
+        return AttentionContext(queries, keys, PastRows(pool, slots, sums(seen)), paged, self.ratio, WINDOW)
+
+    def new_rows(self) -> Tensor:
+        return torch.cat([k[p:] for k, p in zip(self.keys, self.past, strict=True)])
+
+
+def twin(scene: Scene, s: int, t: int, query: Tensor, sinks: Tensor, chosen: list[int] | None) -> Tensor:
+    """One query of sequence s at position t, all heads, float64."""
+    entries = list(range((t + 1) // scene.ratio)) if chosen is None else [w for w in chosen if w >= 0]
+    rows = torch.cat([scene.keys[s][max(0, t - WINDOW + 1) : t + 1], scene.entries[s][entries]]).double()
+    logits = query.double() @ rows.T * scene.width**-0.5
+    weights = torch.exp(logits)
+    return (weights @ rows) / (weights.sum(-1, keepdim=True) + torch.exp(sinks.double())[:, None])
+
+
+SCENES = {
+    "first tokens": Scene([0], [5], 4),
+    "window edge": Scene([15], [3], 4),
+    "chunk over several tiles": Scene([100], [300], 128),
+    "ragged": Scene([0, 33, 127, 250], [17, 1, 2, 1], 4),
+    "many entries": Scene([2300], [2], 2),
+}
+
+
+@every_backend()
+@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("mode", ["window", "all entries", "selected", "last row only"])
+def test_attention(kernels: Kernels, name: str, mode: str) -> None:
+    scene = SCENES[name]
+    sinks = random(HEADS, seed=5)
+    only = mode == "last row only"
+    counts = [1] * len(scene.new) if only else scene.new
+    starts = tuple(e - c for e, c in zip(scene.ends, counts, strict=True))
+    queries = Segments(sums(counts), starts)
+    query = random(sum(counts), HEADS, scene.width, seed=6) * 2
+    selected = None
+    if mode in ("selected", "last row only"):
+        picks = []
+        for start, count in zip(starts, counts, strict=True):
+            for t in range(start, start + count):
+                seen = (t + 1) // scene.ratio
+                order = torch.randperm(seen, generator=torch.Generator().manual_seed(t))[:6].tolist()
+                picks.append(order + [-1] * (6 - len(order)))
+        selected = torch.tensor(picks)
+    context = scene.context(queries, entries=mode != "window")
+    ours = kernels.attention(query, scene.new_rows(), context, sinks, selected)
+    row = 0
+    for s, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        for t in range(start, start + count):
+            chosen = [] if mode == "window" else None if selected is None else selected[row].tolist()
+            expected = twin(scene, s, t, query[row], sinks, chosen)
+            assert (ours[row].double() - expected).abs().max() <= spec_of("attention").tolerance
+            row += 1
+
+
+def topk_twin(scores: list[float], k: int) -> list[int]:
+    """The k best; among equals the lowest entry; ascending, -1 first."""
+    best = sorted(range(len(scores)), key=lambda w: (-scores[w], w))[:k]
+    return [-1] * (k - len(best)) + sorted(best)
+
+
+@every_backend()
+@pytest.mark.parametrize("k", [1, 6, 40])
+@pytest.mark.parametrize("case", ["random", "ties", "all zero", "signed zeros", "negative"])
+@pytest.mark.parametrize("name", SCENES)
+def test_index_topk(kernels: Kernels, name: str, case: str, k: int) -> None:
+    """Values are small integers, so that scores are exact in fp32 and ties are ties."""
+    scene = SCENES[name]
+    high = {"random": 5, "ties": 2}.get(case, 3)
+    scene.paged.rows[:] = torch.randint(
+        -high, high + 1, scene.paged.rows.shape, generator=torch.Generator().manual_seed(3)
+    ).float()
+    total = sum(scene.new)
+    query = torch.randint(-2, 3, (total, 2, scene.width), generator=torch.Generator().manual_seed(1)).float()
+    weights = torch.randint(-3, 4, (total, 2), generator=torch.Generator().manual_seed(2)).float()
+    if case == "all zero":
+        query.zero_()
+    if case == "signed zeros":
+        query[:, 0], weights[:, 0], weights[:, 1] = 0, -1.0, 0.0
+    if case == "negative":
+        weights = -weights.abs() - 1
+    queries = Segments(sums(scene.new), tuple(scene.past))
+    ours = kernels.index_topk(query, weights, scene.paged, queries, scene.ratio, k)
+    row = 0
+    for s, (start, count) in enumerate(zip(scene.past, scene.new, strict=True)):
+        for t in range(start, start + count):
+            if row % 5 == 0 or count < 20:
+                seen = (t + 1) // scene.ratio
+                numbers = torch.arange(seen)
+                blocks = scene.paged.blocks[scene.paged.offsets[s] : scene.paged.offsets[s + 1]]
+                rows = scene.paged.rows[blocks[numbers // BLOCK] * BLOCK + numbers % BLOCK]
+                scores = (torch.relu(query[row] @ rows.T) * weights[row][:, None]).sum(0)
+                assert ours[row].tolist() == topk_twin(scores.tolist(), k)
+            row += 1
+
+
+def test_the_many_entries_scene_needs_more_than_one_tile() -> None:
+    from thalweg.kernels.reference.attention import ENTRY_TILE
+
+    scene = SCENES["many entries"]
+    assert scene.ends[0] // scene.ratio > ENTRY_TILE
+
+
+@every_backend()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_compress(kernels: Kernels, overlap: bool) -> None:
+    dim, m = 6, 4
+    rows, before = random(20, 2 * dim), random(9, 2 * dim, seed=1)
+    own = torch.tensor([[0, 1, 2, 3], [7, 6, 5, 4], [16, 17, 18, 19]])
+    previous = torch.tensor([[-1, -1, -1, -1], [0, 1, 2, 3], [5, 6, 7, 8]])
+    ours = kernels.compress(rows, own, before, previous) if overlap else kernels.compress(rows, own)
+    assert ours.shape == (3, dim)
+    for e in range(3):
+        slots = [rows[i].double() for i in own[e]]
+        if overlap:
+            slots += [before[i].double() for i in previous[e] if i >= 0]
+        for channel in range(dim):
+            values = torch.stack([slot[channel] for slot in slots])
+            gates = torch.stack([slot[dim + channel] for slot in slots])
+            expected = (torch.softmax(gates, 0) * values).sum()
+            assert abs(float(ours[e, channel]) - float(expected)) <= spec_of("compress").tolerance
+    assert m == own.shape[1]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and not any(value is a for a in args):
+                storage = value.untyped_storage().data_ptr()
+                if not any(isinstance(a, Tensor) and a.untyped_storage().data_ptr() == storage for a in args):
+                    self.bytes = max(self.bytes, value.numel() * value.element_size())
+        return result
+
+
+@every_backend()
+def test_workspace_does_not_grow_with_the_context(kernels: Kernels) -> None:
+    """The largest temporary at 16 times the context is the same, for both ops that read the whole history."""
+    peaks = []
+    for context in (32768, 524288):
+        blocks = torch.arange(context // 4 // BLOCK)
+        paged = PagedRows(random(len(blocks) * BLOCK, WIDTH), blocks, (0, len(blocks)), BLOCK)
+        queries = Segments((0, 64), (context - 64,))
+        past = PastRows(random(WINDOW, WIDTH), torch.arange(WINDOW - 1), (0, WINDOW - 1))
+        everything = AttentionContext(queries, queries, past, paged, 4, WINDOW)
+        with LargestTensor() as largest:
+            kernels.attention(random(64, HEADS, WIDTH), random(64, WIDTH), everything, random(HEADS), None)
+            kernels.index_topk(random(64, 2, WIDTH), random(64, 2), paged, queries, 4, 512)
+        peaks.append(largest.bytes)
+    assert peaks[0] == peaks[1] > 0

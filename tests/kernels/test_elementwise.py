@@ -1,0 +1,155 @@
+"""rms_norm, rotate, the hyper-connections and the storage roundings against their equations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.backends import Kernels, every_backend
+from tests.model.fields import FLASH_LIKE
+from thalweg.config.model_parse import parse_model_config, read_config_json
+from thalweg.kernels.spec import spec_of
+from thalweg.model.rotary import angles, compressed_frequencies, window_frequencies
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(name: str, ours: Tensor, twin: Tensor) -> None:
+    assert (ours.double() - twin.double()).abs().max() <= spec_of(name).tolerance
+
+
+@every_backend()
+def test_rms_norm(kernels: Kernels) -> None:
+    x, w = random(7, 33), random(33, seed=1)
+    twin = x.double() / torch.sqrt((x.double() ** 2).mean(-1, keepdim=True) + 1e-6)
+    close("rms_norm", kernels.rms_norm(x, None, 1e-6), twin)
+    close("rms_norm", kernels.rms_norm(x, w, 1e-6), twin * w.double())
+    narrow = kernels.rms_norm(x.bfloat16(), w.bfloat16(), 1e-6)
+    assert narrow.dtype is torch.bfloat16 and (narrow.float() - twin * w).abs().max() < 0.05
+
+
+@every_backend()
+def test_rotate_turns_interleaved_pairs_and_back(kernels: Kernels) -> None:
+    x, positions = random(5, 3, 20), torch.tensor([0, 1, 77, 4096, 1_000_000])
+    table = angles(positions, 1.0 / 10000.0 ** (torch.arange(0, 8, 2) / 8))
+    turned = kernels.rotate(x, table.cos, table.sin)
+    assert torch.equal(turned[..., :12], x[..., :12])
+    for t in range(5):
+        for i in range(4):
+            theta = float(torch.tensor(float(positions[t])) * (1.0 / 10000.0 ** (torch.arange(0, 8, 2) / 8))[i])
+            a, b = x[t, :, 12 + 2 * i].double(), x[t, :, 13 + 2 * i].double()
+            c, s = math.cos(theta), math.sin(theta)
+            close("rotate", turned[t, :, 12 + 2 * i], a * c - b * s)
+            close("rotate", turned[t, :, 13 + 2 * i], a * s + b * c)
+    back = table.inverse()
+    close("rotate", kernels.rotate(turned, back.cos, back.sin), x)
+
+
+def test_yarn_frequencies_of_the_released_models() -> None:
+    """r = 64: pairs up to 15 are unscaled, from 25 on divided by 16, blended in between (model-spec 3.4)."""
+    config = parse_model_config(read_config_json("flash"))
+    plain = 160000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    ours = compressed_frequencies(config, torch.device("cpu")).double()
+    for i in range(32):
+        ramp = min(1.0, max(0.0, (i - 15) / (25 - 15)))
+        expected = plain[i] / 16 * ramp + plain[i] * (1 - ramp)
+        assert ours[i] == pytest.approx(float(expected), rel=1e-6)
+    window = window_frequencies(config, torch.device("cpu")).double()
+    assert torch.allclose(window, 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64), rtol=1e-6)
+    small = parse_model_config({**FLASH_LIKE, "rope_scaling": None})
+    assert torch.equal(
+        compressed_frequencies(small, torch.device("cpu")),
+        1.0 / 160000.0 ** (torch.arange(0, 8, 2, dtype=torch.float32) / 8),
+    )
+
+
+def mix_twin(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int) -> tuple[Tensor, ...]:
+    """model-spec 3.2, token by token and cell by cell in float64."""
+    tokens, n, _ = streams.shape
+    eps = 1e-6
+    xs, posts, combs = [], [], []
+    for t in range(tokens):
+        v = streams[t].double().flatten()
+        z = (fn.double() @ v) / torch.sqrt((v**2).mean() + eps)
+        pre = torch.sigmoid(z[:n] * scale[0] + base[:n]) + eps
+        post = 2 * torch.sigmoid(z[n : 2 * n] * scale[1] + base[n : 2 * n])
+        logits = z[2 * n :].view(n, n) * scale[2] + base[2 * n :].view(n, n)
+        c = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True) + eps
+        for i in range(iterations):
+            if i:
+                for j in range(n):
+                    c[j] = c[j] / (c[j].sum() + eps)
+            for k in range(n):
+                c[:, k] = c[:, k] / (c[:, k].sum() + eps)
+        xs.append(sum(pre[j] * streams[t, j].double() for j in range(n)))
+        posts.append(post)
+        combs.append(c)
+    return torch.stack(xs), torch.stack(posts), torch.stack(combs)
+
+
+@every_backend()
+@pytest.mark.parametrize(("n", "iterations"), [(4, 20), (2, 1), (3, 5)])
+def test_hyper_connections(kernels: Kernels, n: int, iterations: int) -> None:
+    hidden = 12
+    streams, y = random(6, n, hidden), random(6, hidden, seed=1)
+    fn, base, scale = random((2 + n) * n, n * hidden, seed=2) / 7, random((2 + n) * n, seed=3), random(3, seed=4)
+    x, post, comb = kernels.mix_in(streams, fn, base, scale, 1e-6, 1e-6, iterations)
+    for ours, twin in zip((x, post, comb), mix_twin(streams, fn, base, scale, iterations), strict=True):
+        close("mix_in", ours, twin)
+    out = kernels.mix_out(y, streams, post, comb)
+    for k in range(n):
+        twin = post[:, k, None].double() * y.double()
+        for j in range(n):
+            twin = twin + comb[:, j, k, None].double() * streams[:, j].double()
+        close("mix_out", out[:, k], twin)
+    head_fn, head_base, head_scale = random(n, n * hidden, seed=5) / 7, random(n, seed=6), random(1, seed=7)
+    v = streams.double().flatten(1)
+    z = v @ head_fn.double().T / torch.sqrt((v**2).mean(-1, keepdim=True) + 1e-6)
+    pre = torch.sigmoid(z * head_scale + head_base) + 1e-6
+    twin = (pre[:, :, None] * streams.double()).sum(1)
+    close("mix_head", kernels.mix_head(streams, head_fn, head_base, head_scale, 1e-6, 1e-6), twin)
+
+
+def nearest_e4m3(value: float) -> float:
+    """By search over all finite e4m3 values; ties to the even mantissa."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = [(float(v), i) for i, v in enumerate(codes) if not math.isnan(v)]
+    return min(finite, key=lambda entry: (abs(entry[0] - value), entry[1] % 2))[0]
+
+
+@every_backend()
+@pytest.mark.parametrize(("width", "rope"), [(72, 8), (512, 64), (64, 16)])
+def test_round_kv(kernels: Kernels, width: int, rope: int) -> None:
+    rows = random(4, width) * torch.tensor([[1e-6], [0.3], [50.0], [1e4]])
+    ours = kernels.round_kv(rows, rope)
+    assert torch.equal(ours[:, width - rope :], rows[:, width - rope :])
+    for r in range(4):
+        for begin in range(0, width - rope, 64):
+            block = rows[r, begin : min(begin + 64, width - rope)]
+            scale = 2.0 ** math.ceil(math.log2(max(float(block.abs().max()), 1e-4) / 448))
+            for i in range(0, len(block), 7):
+                assert float(ours[r, begin + i]) == nearest_e4m3(float(block[i]) / scale) * scale
+
+
+@every_backend()
+@pytest.mark.parametrize("width", [16, 32, 128])
+def test_round_index(kernels: Kernels, width: int) -> None:
+    x = random(5, width) * 3
+    matrix = torch.ones(1, 1)
+    while len(matrix) < width:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    turned = x.double() @ matrix.double() / math.sqrt(width)
+    table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    ours = kernels.round_index(x)
+    for r in range(5):
+        for begin in range(0, width, 32):
+            block = turned[r, begin : begin + 32]
+            scale = 2.0 ** math.ceil(math.log2(float(block.abs().max()) / 6))
+            for i, value in enumerate(block.tolist()):
+                code = min(range(8), key=lambda c: (abs(table[c] - abs(value) / scale), c % 2))
+                assert float(ours[r, begin + i]) == math.copysign(table[code] * scale, value)
