@@ -71,7 +71,7 @@ def _load_shard(
     """Fill what one file holds; yields the bytes of each weight. The file is mapped only while this runs."""
     with _open(shard) as file:
         for source in sources:
-            weight = _tensor(file, source.piece.name)
+            weight = _tensor(file, source.entry.stored_name)
             scale = None if source.scale is None else _scale(checkpoint, source.scale)
             _fill(destination[source.parameter.name], source, weight, scale)
             yield weight.numel() * weight.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -17,6 +18,8 @@ from thalweg.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+# transformers 5.24 reads `kv_norm` but, after loading its own layout, saves it as `norm`: both spellings exist in files.
+_SAVED_NORM = re.compile(r"(\.self_attn(?:\.compressor(?:\.indexer)?)?)\.norm\.weight$")
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -28,9 +31,10 @@ class CheckpointLayout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor is stored. `dtype` is safetensors' name of it: BF16, F32, F8_E4M3, F8_E8M0, I8, I64 ..."""
+    """Where a tensor is stored, and under which name. `dtype` is safetensors' word: BF16, F8_E4M3, F8_E8M0, I8 ..."""
 
     shard: Path
+    stored_name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -58,7 +62,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if "embed.weight" in tensors:
         return Checkpoint(directory, config, CheckpointLayout.OFFICIAL, tensors)
     if "model.embed_tokens.weight" in tensors:
-        return Checkpoint(directory, replace(config, num_mtp_layers=0), CheckpointLayout.TRANSFORMERS, tensors)
+        known = {_SAVED_NORM.sub(r"\1.kv_norm.weight", name): entry for name, entry in tensors.items()}
+        return Checkpoint(directory, replace(config, num_mtp_layers=0), CheckpointLayout.TRANSFORMERS, known)
     raise CheckpointError(
         f"{directory}: neither embed.weight (official layout) nor model.embed_tokens.weight (transformers layout)",
         param="embed.weight",
@@ -105,7 +110,7 @@ def _read_header(shard: Path) -> dict[str, TensorEntry]:
     try:
         with safe_open(shard, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {n: TensorEntry(shard, str(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
+            return {n: TensorEntry(shard, n, str(s.get_dtype()), tuple(s.get_shape())) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard}: not a readable safetensors file: {error}", param=shard.name) from error
 
