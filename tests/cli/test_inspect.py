@@ -63,22 +63,12 @@ def test_inspect_needs_no_torch_and_no_weights(tmp_path: Path) -> None:
 
 
 def test_new_model_makes_the_shape_that_was_asked_for(tmp_path: Path) -> None:
-    shape = [
-        "compress_ratios=0,4,128,4,128,4",
-        "hidden_size=512",
-        "num_attention_heads=8",
-        "head_dim=512",
-        "qk_rope_head_dim=64",
-        "q_lora_rank=256",
-        "o_groups=2",
-        "index_n_heads=8",
-        "index_head_dim=128",
-        "index_topk=512",
-        "n_routed_experts=16",
-        "num_experts_per_tok=2",
-        "num_nextn_predict_layers=0",
-    ]
-    flags = [flag for setting in shape for flag in ("--set", setting)]
+    shape = {
+        "compress_ratios": "0,4,128,4,128,4", "hidden_size": 512, "num_attention_heads": 8, "head_dim": 512,
+        "qk_rope_head_dim": 64, "q_lora_rank": 256, "o_groups": 2, "index_n_heads": 8, "index_head_dim": 128,
+        "index_topk": 512, "n_routed_experts": 16, "num_experts_per_tok": 2, "num_nextn_predict_layers": 0,
+    }  # fmt: skip
+    flags = [flag for name, value in shape.items() for flag in ("--set", f"{name}={value}")]
     run("new-model", str(tmp_path / "m"), *flags, "--vocab-size", "4096", "--scale", "0.02")
     seen = facts(str(tmp_path / "m"))
     assert seen["layer_kinds"] == ["window", "csa", "hca", "csa", "hca", "csa"]

@@ -18,7 +18,7 @@ from thalweg.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
-# transformers 5.24 reads `kv_norm` but, after loading its own layout, saves it as `norm`: both spellings exist in files.
+# transformers 5.24 reads `kv_norm` but, after loading its own layout, saves `norm`: files have both spellings.
 _SAVED_NORM = re.compile(r"(\.self_attn(?:\.compressor(?:\.indexer)?)?)\.norm\.weight$")
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096

@@ -66,7 +66,7 @@ async def read_json(request: Request) -> Any:
     if len(body) > MAX_BODY_BYTES or not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
         raise BodyTooLargeError(f"the body is larger than the limit of {MAX_BODY_BYTES} bytes")
     try:
-        return from_json(bytes(body))
+        return from_json(bytes(body), allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
 

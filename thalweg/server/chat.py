@@ -65,9 +65,17 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
 async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
     """The prompt of a chat body. Long conversations are encoded off the event loop."""
     options = _options(service, body)
+    messages = [_as_system(message) for message in body.messages]
     size = sum(_size(message) for message in body.messages)
     tokenizer = service.runtime.tokenizer
-    return await service.off_loop(size, lambda: encode_chat(body.messages, tokenizer, options))
+    return await service.off_loop(size, lambda: encode_chat(messages, tokenizer, options))
+
+
+def _as_system(message: Any) -> Any:
+    """OpenAI's `developer` role is its new word for system; V4's own developer turns come with tools of their own."""
+    if isinstance(message, dict) and message.get("role") == "developer" and not message.get("tools"):
+        return {**message, "role": "system"}
+    return message
 
 
 def _size(message: Any) -> int:

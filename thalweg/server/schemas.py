@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,6 +26,8 @@ _MinP = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Count = Annotated[StrictInt, Field(ge=1)]
 _FromZero = Annotated[StrictInt, Field(ge=0)]
+
+_UNION_BRANCH = re.compile(r"(constrained-|nullable|function-)?(str|int|float|bool|list|dict|none)\b")
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -141,6 +144,13 @@ class DetokenizeBody(BaseModel):
     tokens: list[_FromZero]
 
 
+NESTED: Mapping[str, type[BaseModel]] = {
+    "stream_options": StreamOptions,
+    "thinking": Thinking,
+    "response_format": ResponseFormat,
+}
+
+
 def parse_body(kind: type[Body], fields: Any) -> Body:
     """Check a JSON body. Raises RequestError naming the first wrong field; an unknown one with its nearest match."""
     if not isinstance(fields, Mapping):
@@ -153,22 +163,20 @@ def parse_body(kind: type[Body], fields: Any) -> Body:
         return kind.model_validate({k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
     except ValidationError as error:
         first = error.errors()[0]
-        path = ""
-        for part in _field_path(first["loc"], kind):
-            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        path = _path(first["loc"])
+        if first["type"] == "extra_forbidden":
+            nested = NESTED[str(first["loc"][0])].model_fields
+            near = nearest(str(first["loc"][-1]), nested)
+            raise RequestError(f"{path} is not a supported field.{near}", param=path) from error
         raise RequestError(f"{path}: {first['msg']}", param=path) from error
 
 
-def _field_path(location: tuple[int | str, ...], kind: type[BaseModel]) -> list[int | str]:
-    """The path in the client's body: pydantic also names the branch of a union that it tried."""
-    path: list[int | str] = []
+def _path(location: tuple[int | str, ...]) -> str:
+    """The path in the client's body. pydantic also names the branch of a union that it tried: left out."""
+    path = ""
     for part in location:
-        branch = isinstance(part, str) and path and part not in _nested_fields()
-        if not branch:
-            path.append(part)
-    assert not path or path[0] in kind.model_fields, "a validation error outside the body"
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not path or not _UNION_BRANCH.match(part):
+            path += f".{part}" if path else part
     return path
-
-
-def _nested_fields() -> tuple[str, ...]:
-    return (*StreamOptions.model_fields, *Thinking.model_fields)
