@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +15,7 @@ from thalweg.errors import ConfigError
 if TYPE_CHECKING:
     from thalweg.engine.runtime import Runtime
 
-_GRACE_SECONDS = 1
+_GRACE_SECONDS = 3  # a step under way ends first, then every open request is told
 _LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
 
 
@@ -51,7 +53,15 @@ def serve(
         runtime = build_runtime(options, progress)
     _print_report(runtime)
     app = create_app(Service(runtime))
-    server = uvicorn.Server(
+
+    class Server(uvicorn.Server):
+        """Ends the engine as soon as a signal comes: open streams then end with an error instead of being cut."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            threading.Thread(target=runtime.engine.close).start()
+            super().handle_exit(sig, frame)
+
+    server = Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, timeout_keep_alive=75)
     )
     address, bound = listener.getsockname()[:2]

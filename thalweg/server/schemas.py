@@ -162,7 +162,8 @@ def parse_body(kind: type[Body], fields: Any) -> Body:
     try:
         return kind.model_validate({k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
     except ValidationError as error:
-        first = error.errors()[0]
+        # Of the branches of a union, the one that got furthest says what the client meant.
+        first = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
         path = _path(first["loc"])
         if first["type"] == "extra_forbidden":
             nested = NESTED[str(first["loc"][0])].model_fields
