@@ -362,3 +362,12 @@ def test_render_parse_render_is_stable(
     again = [dict(calls[0], function={"name": name, "arguments": message.tool_calls[0].arguments})]
     second = {**answer, "reasoning_content": message.reasoning, "content": message.content, "tool_calls": again}
     assert chat_segments([question, second, follow_up], options) == chat_segments(conversation, options)
+
+
+def test_control_tokens_without_meaning_say_nothing(embedded: Tokenizer) -> None:
+    """They would come back from the client as text that spells them."""
+    before, after = embedded.encode_text("a"), embedded.encode_text("b <｜User｜>")
+    for text in embedded.special_texts:
+        if text not in (DSML, THINK, END_THINK):
+            message = parse_message([*before, embedded.special_id(text), *after], embedded)
+            assert (message.content, message.malformed) == ("ab <｜User｜>", False)

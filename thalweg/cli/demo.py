@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import thalweg
 from thalweg.cli.http import Client
 from thalweg.cli.progress import bar, output
 from thalweg.errors import ConfigError, UnavailableError
@@ -44,6 +46,7 @@ class Answer:
 def demo(
     tokens: Annotated[int, typer.Option(help="Least length of the document.")] = 100_000,
     model: Annotated[str, typer.Option(help="Model directory; the embedded default if left out.")] = "default",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Serve the embedded model, read a long real document over HTTP, ask two questions, print a table."""
     console = output()
@@ -52,7 +55,10 @@ def demo(
         with running_server(model) as (client, process):
             console.print(f"document: {len(document):,} characters of this Python's standard library")
             answers = [_ask(client, document, question, console) for question in _QUESTIONS]
-            _report(console, client, process, answers)
+            figures = _figures(client, process, answers)
+        _report(console, figures)
+        if json_file is not None:
+            json_file.write_text(json.dumps(figures | _machine(), indent=2) + "\n")
     except KeyboardInterrupt:
         console.print("stopped")
         sys.exit(130)
@@ -150,26 +156,56 @@ def _show_progress(progress: Any, task: Any, comment: str) -> None:
         progress.update(task, description="reading", completed=int(done), total=int(total))
 
 
-def _report(console: Console, client: Client, process: subprocess.Popen[str], answers: list[Answer]) -> None:
+def _figures(client: Client, process: subprocess.Popen[str], answers: list[Answer]) -> dict[str, Any]:
+    """What the table shows, in plain values."""
     import psutil
-    from rich.table import Table
 
     cold, warm = answers
+    return {
+        "context_tokens": cold.prompt_tokens,
+        "cold_ttft_seconds": cold.first_token_seconds,
+        "prefill_tokens_per_second": cold.prompt_tokens / cold.first_token_seconds,
+        "warm_ttft_seconds": warm.first_token_seconds,
+        "warm_cached_tokens": warm.cached_tokens,
+        "decode_tokens_per_second": [cold.decode_tokens_per_second, warm.decode_tokens_per_second],
+        "cache_bytes": _cache_bytes(client.get("/metrics")),
+        "resident_bytes": psutil.Process(process.pid).memory_info().rss,
+        "answers": [cold.text, warm.text],
+    }
+
+
+def _machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    import psutil
+    import torch
+
+    return {
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "thalweg": thalweg.__version__,
+    }
+
+
+def _report(console: Console, figures: dict[str, Any]) -> None:
+    from rich.table import Table
+
     table = Table("figure", "value", title="one real run", title_justify="left")
-    table.add_row("context tokens", f"{cold.prompt_tokens:,}")
-    table.add_row("time to first token, cold", f"{cold.first_token_seconds:,.2f} s")
-    table.add_row("prefill", f"{cold.prompt_tokens / cold.first_token_seconds:,.0f} tokens/s")
-    table.add_row(
-        "time to first token, warm", f"{warm.first_token_seconds:,.2f} s ({warm.cached_tokens:,} tokens cached)"
-    )
-    table.add_row("decode", f"{max(cold.decode_tokens_per_second, warm.decode_tokens_per_second):,.1f} tokens/s")
-    total = 0
-    for group, size in _cache_bytes(client.get("/metrics")).items():
-        table.add_row(f"cache bytes: {group}", f"{size:,}")
-        total += size
-    table.add_row("cache bytes: all", f"{total:,}")
-    memory = psutil.Process(process.pid).memory_info().rss
-    table.add_row("memory of the server (resident)", f"{memory / 2**20:,.0f} MiB")
+    warm = f"{figures['warm_ttft_seconds']:,.2f} s ({figures['warm_cached_tokens']:,} tokens from the cache)"
+    for name, value in (
+        ("context tokens", f"{figures['context_tokens']:,}"),
+        ("time to first token, cold", f"{figures['cold_ttft_seconds']:,.2f} s"),
+        ("prefill", f"{figures['prefill_tokens_per_second']:,.0f} tokens/s"),
+        ("time to first token, warm", warm),
+        ("decode", " and ".join(f"{speed:,.0f}" for speed in figures["decode_tokens_per_second"]) + " tokens/s"),
+        *((f"cache bytes: {group}", f"{size:,}") for group, size in figures["cache_bytes"].items()),
+        ("cache bytes: all", f"{sum(figures['cache_bytes'].values()):,}"),
+        ("memory of the server (resident)", f"{figures['resident_bytes'] / 2**20:,.0f} MiB"),
+    ):
+        table.add_row(name, value)
     console.print()
     console.print(table)
 
@@ -182,4 +218,4 @@ def _cache_bytes(metrics: str) -> dict[str, int]:
         if rest and name.startswith("thalweg_cache_"):
             group, _, value = rest.partition('"} ')
             values.setdefault(group, {})[name.removeprefix("thalweg_cache_")] = float(value)
-    return {g: int((v["cached_blocks"]) * v["block_bytes"]) for g, v in values.items() if v["cached_blocks"]}
+    return {g: int(v["cached_blocks"] * v["block_bytes"]) for g, v in values.items() if v["cached_blocks"]}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
@@ -91,7 +93,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     groups, plan = _cache_plan(options, config, numerics, choices)
     max_model_len = _max_model_len(options, config, plan, choices)
     weights = allocate(config, numerics.compute, device)
-    load_parameters(checkpoint, weights, progress=progress)
+    _load(checkpoint, weights, progress)
     kernel_set = select_kernels(device)
     model = Model(config, weights, numerics, kernel_set.kernels)
     policy = CheckpointPolicy(config.unit_tokens, options.checkpoint_interval)
@@ -114,6 +116,13 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         kernel_set=kernel_set,
         choices=tuple(_about(options, checkpoint) + choices),
     )
+
+
+def _load(checkpoint: Checkpoint, weights: dict[str, Tensor], progress: Callable[[int, int], None] | None) -> None:
+    """Load in a thread that ends. A thread that has computed keeps OpenMP workers, and once there are more workers than
+    cores all of them sleep between operations: the engine's decode then takes twice the time."""
+    with ThreadPoolExecutor(1) as loader:
+        loader.submit(load_parameters, checkpoint, weights, progress=progress).result()
 
 
 def _about(options: EngineOptions, checkpoint: Checkpoint) -> list[Choice]:

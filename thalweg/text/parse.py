@@ -83,7 +83,6 @@ class ChatParser:
 
     def __init__(self, tokenizer: Tokenizer, starts_in: OutputStart = OutputStart.CONTENT) -> None:
         self._tokenizer = tokenizer
-        self._silent = [tokenizer.special_text(token) for token in (tokenizer.bos_id, tokenizer.eos_id)]
         self._stream = TokenStream(tokenizer)
         self._state = _STARTS[starts_in]
         self._buffer = ""
@@ -123,11 +122,11 @@ class ChatParser:
         return [delta for token in tokens for delta in self.push(token)]
 
     def push_piece(self, text: str, special: bool = False) -> list[Delta]:
-        """What a piece of text adds; `special` where it is one control token and not text that spells it. BOS and
-        EOS say nothing."""
-        if special and text in _CONTROL_MARKS:
-            self._buffer += _CONTROL_MARKS[text]
-        elif not (special and text in self._silent):
+        """What a piece of text adds; `special` where it is one control token and not text that spells it. A control
+        token without a meaning in an answer says nothing: shown as text it would come back as text."""
+        if special:
+            self._buffer += _CONTROL_MARKS.get(text, "")
+        else:
             self._buffer += _SURROGATE.sub("�", text)
         return self._run()
 
