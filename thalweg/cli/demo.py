@@ -56,7 +56,7 @@ def demo(
             console.print(f"document: {len(document):,} characters of this Python's standard library")
             answers = [_ask(client, document, question, console) for question in _QUESTIONS]
             figures = _figures(client, process, answers)
-        _report(console, figures)
+        show_figures(console, figures)
         if json_file is not None:
             json_file.write_text(json.dumps(figures | _machine(), indent=2) + "\n")
     except KeyboardInterrupt:
@@ -190,7 +190,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _report(console: Console, figures: dict[str, Any]) -> None:
+def show_figures(console: Console, figures: dict[str, Any]) -> None:
+    """Print the table of one run's figures."""
     from rich.table import Table
 
     table = Table("figure", "value", title="one real run", title_justify="left")
