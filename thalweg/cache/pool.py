@@ -18,6 +18,7 @@ class BlockPool:
         self._references = np.zeros(total_blocks, np.int32)
         self._cached = np.zeros(total_blocks, np.int32)  # of the references, how many are the index's
         self._idle_blocks = 0
+        self._cached_blocks = 0
 
     @property
     def free_blocks(self) -> int:
@@ -31,7 +32,7 @@ class BlockPool:
     @property
     def cached_blocks(self) -> int:
         """Blocks that the prefix index holds, in use or idle."""
-        return int((self._cached > 0).sum())
+        return self._cached_blocks
 
     def allocate(self) -> int:
         """Take one free block; the caller holds its only reference and has checked `free_blocks`."""
@@ -60,6 +61,7 @@ class BlockPool:
     def keep(self, block: int) -> None:
         """Add a reference of the prefix index to a block that a request holds."""
         assert self._references[block] > self._cached[block], "cached a block that no request holds"
+        self._cached_blocks += int(self._cached[block] == 0)
         self._cached[block] += 1
         self._references[block] += 1
 
@@ -69,6 +71,7 @@ class BlockPool:
         was_idle = self._idle(block)
         self._cached[block] -= 1
         self._references[block] -= 1
+        self._cached_blocks -= int(self._cached[block] == 0)
         if self._references[block] == 0:
             self._free.append(block)
         self._idle_blocks -= was_idle and not self._idle(block)
@@ -91,3 +94,4 @@ class BlockPool:
         assert all(self._references[block] == 0 for block in self._free), "a free block is held"
         idle = int(((self._references == self._cached) & (self._cached > 0)).sum())
         assert idle == self._idle_blocks, "the idle count drifted"
+        assert int((self._cached > 0).sum()) == self._cached_blocks, "the cached count drifted"

@@ -6,7 +6,6 @@ import json
 import platform
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ import thalweg
 from thalweg.cli.http import Client
 from thalweg.cli.progress import bar, output
 from thalweg.errors import ConfigError, UnavailableError
+from thalweg.text.library import library_texts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 _CHARACTERS_PER_TOKEN = 3.4  # of Python source under the embedded tokenizer, rounded up
 _START_SECONDS = 120
 _QUESTIONS = ("What is the value of magic_number?", "What is the value of password?")
@@ -67,19 +66,15 @@ def demo(
 def read_document(tokens: int) -> str:
     """Source files of this Python's standard library, sorted by path: about so many tokens, with two facts hidden."""
     wanted = int(tokens * _CHARACTERS_PER_TOKEN)
-    root = Path(sysconfig.get_paths()["stdlib"])
     lines: list[str] = []
     size = 0
-    for path in sorted(root.rglob("*.py")):
-        if _LEFT_OUT.intersection(path.relative_to(root).parts):
-            continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            lines.append(line)
-            size += len(line) + 1
+    for text in library_texts():
+        lines += text.splitlines()
+        size += len(text)
         if size >= wanted:
             break
     if size < wanted:
-        raise ConfigError(f"{root} has only {size:,} characters of source, {wanted:,} are needed", param="tokens")
+        raise ConfigError(f"this Python has only {size:,} characters of source, {wanted:,} are needed", param="tokens")
     for depth, needle in sorted(_NEEDLES.items(), reverse=True):
         lines.insert(int(depth * len(lines)), needle)
     return "\n".join(lines)
