@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def main() -> None:
     console = Console(record=True, width=88, file=io.StringIO())
     console.print("$ make demo")
     show_figures(console, json.loads(Path(sys.argv[1]).read_text()))
-    console.save_svg(str(Path(__file__).with_name("demo.svg")), title="thalweg")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title="thalweg"), flags=re.DOTALL)  # no web fonts
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL).replace("Fira Code", "DejaVu Sans Mono")
+    Path(__file__).with_name("demo.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

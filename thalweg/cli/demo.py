@@ -187,9 +187,10 @@ def _machine() -> dict[str, Any]:
 
 def show_figures(console: Console, figures: dict[str, Any]) -> None:
     """Print the table of one run's figures."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("figure", "value", title="one real run", title_justify="left")
+    table = Table("figure", "value", title="one real run", title_justify="left", box=SIMPLE_HEAD)
     warm = f"{figures['warm_ttft_seconds']:,.2f} s ({figures['warm_cached_tokens']:,} tokens from the cache)"
     for name, value in (
         ("context tokens", f"{figures['context_tokens']:,}"),
