@@ -148,3 +148,19 @@ def test_status_counts(engine: Engine, runner: CountingRunner) -> None:
     counters = engine.status().counters
     assert counters["finished_length"] == 5
     assert counters["step_tokens"] == 5 * 10 + 5 * 7
+
+
+def test_an_engine_that_cannot_go_on_tells_everybody() -> None:
+    class Broken(CountingRunner):
+        def forget(self, request_id: str) -> None:
+            raise RuntimeError("forgot how to forget")
+
+    engine = engine_of(FLASH_LIKE, Broken(), PLAN, Shape())
+    outcomes = [submit(engine, str(i), [5] * 10, max_tokens=2 + i) for i in range(4)]
+    assert all(o.done.wait(30) for o in outcomes)
+    assert {o.last.finish.value for o in outcomes} == {"error"}
+    assert all(sum(isinstance(e, TokenEvent) and e.finish is not None for e in o.events) == 1 for o in outcomes)
+    engine.close()
+    assert engine.status().healthy is False and "forgot how" in (engine.status().failure or "")
+    with pytest.raises(UnavailableError):
+        submit(engine, "late", [5])

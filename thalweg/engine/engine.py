@@ -67,8 +67,9 @@ class Engine:
         self._clock = clock
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._open: set[str] = set()  # guarded by _wake
+        self._open: dict[str, Sequence] = {}  # guarded by _wake
         self._closing = False
+        self._failure: str | None = None
         self._thread = threading.Thread(target=self._loop, name="thalweg-engine", daemon=True)
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._status = self._snapshot()
@@ -79,7 +80,7 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """End every request with `cancelled` and stop the thread after the step under way."""
+        """Stop the thread after the step under way; every open request ends with UnavailableError."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -96,7 +97,7 @@ class Engine:
                 raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
             if len(self._open) >= self.limits.max_waiting:
                 raise OverloadedError(f"{len(self._open)} requests are open; max_waiting is {self.limits.max_waiting}")
-            self._open.add(request.request_id)
+            self._open[request.request_id] = sequence
             self._inbox.append(lambda: self._scheduler.add(sequence))
             self._wake.notify()
 
@@ -146,15 +147,34 @@ class Engine:
     # -- the engine thread ------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._take_inbox():
-            try:
-                self._step()
-            except Exception as error:  # a bug in planning: nobody may be left without an answer
-                _log.exception("the engine could not plan a step")
-                self._end_all(EngineError(f"the engine failed: {error}"))
-            self._status = self._snapshot()
-        self._end_all(UnavailableError("the engine was stopped"))
+        try:
+            while self._take_inbox():
+                self._guarded_step()
+                self._status = self._snapshot()
+            self._end_all(UnavailableError("the engine was stopped"))
+        except Exception as error:
+            _log.exception("the engine stopped working")
+            self._give_up(error)
         self._status = self._snapshot()
+
+    def _guarded_step(self) -> None:
+        """A step whose own bugs end the open requests, not the engine."""
+        try:
+            self._step()
+        except Exception as error:
+            _log.exception("the engine could not plan or commit a step")
+            self._end_all(EngineError(f"the engine failed: {error}"))
+
+    def _give_up(self, error: Exception) -> None:
+        """Not even ending the requests in order worked: tell everybody, take nobody in any more."""
+        with self._wake:
+            self._closing = True
+            self._failure = f"the engine stopped working: {error}"
+            left = tuple(self._open.values())
+            self._open.clear()
+        for sequence in left:
+            terminal = EngineError(self._failure)
+            self._send(sequence, TokenEvent(sequence.request_id, (), sequence.usage(), FinishReason.ERROR, terminal))
 
     def _take_inbox(self) -> bool:
         """Apply what other threads asked for; sleeps while there is nothing to do. False when closing."""
@@ -238,7 +258,7 @@ class Engine:
     ) -> None:
         self._runner.forget(sequence.request_id)
         with self._wake:
-            self._open.discard(sequence.request_id)
+            self._open.pop(sequence.request_id, None)
         self._counters[f"finished_{finish.value}"] += 1
         self._status = self._snapshot()
         self._send(sequence, TokenEvent(sequence.request_id, tokens, sequence.usage(), finish, error))
@@ -259,4 +279,4 @@ class Engine:
             "cached_units": coordinator.index.nodes,
         }
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-        return EngineStatus(running, waiting, coordinator.usage(), counters, not self._closing, None)
+        return EngineStatus(running, waiting, coordinator.usage(), counters, not self._closing, self._failure)

@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from thalweg.errors import RequestError, nearest
-from thalweg.server.choices import collected, merged
+from thalweg.server.choices import close_all, collected, merged
 from thalweg.server.generation import Generation, Piece
 from thalweg.server.schemas import ChatBody
 from thalweg.server.service import Prompt, Service, new_id
-from thalweg.server.sse import Message, event_stream
+from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import chat_logprobs, usage_fields
 from thalweg.text.chat import (
     ChatOptions,
@@ -53,12 +53,11 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
             name, salt = f"{response_id}-{choice}", body.cache_salt or ""
             generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, salt=salt))
     except BaseException:
-        for generation in generations:
-            generation.close()
+        close_all(generations)
         raise
     answer = _Answer(service, body, response_id, generations, encoded)
     if body.stream:
-        return event_stream(answer.stream())
+        return EventStream(answer.stream(), lambda: close_all(generations))
     return JSONResponse(answer.whole(await collected(request, generations)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
 from starlette.requests import Request
 
@@ -34,8 +34,13 @@ async def merged(generations: list[Generation]) -> AsyncGenerator[tuple[int, Pie
     finally:
         for task in tasks:
             task.cancel()
-        for generation in generations:
-            generation.close()
+        close_all(generations)
+
+
+def close_all(generations: Iterable[Generation]) -> None:
+    """End what the engine still works on."""
+    for generation in generations:
+        generation.close()
 
 
 async def collected(request: Request, generations: list[Generation]) -> list[list[Piece]]:

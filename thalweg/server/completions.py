@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from thalweg.errors import RequestError
-from thalweg.server.choices import collected, merged
+from thalweg.server.choices import close_all, collected, merged
 from thalweg.server.generation import Generation, Piece, PlainReader
 from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import Prompt, Service, new_id
-from thalweg.server.sse import Message, event_stream
+from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import completion_logprobs, usage_fields
 from thalweg.types import Usage
 
@@ -38,12 +38,11 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
                 started = service.start(prompt, sampling, reader, request_id=new_id("cmpl"), stops=stops, salt=salt)
                 generations.append(started)
     except BaseException:
-        for generation in generations:
-            generation.close()
+        close_all(generations)
         raise
     answer = _Answer(service, body, generations, count)
     if body.stream:
-        return event_stream(answer.stream())
+        return EventStream(answer.stream(), lambda: close_all(generations))
     return JSONResponse(answer.whole(await collected(request, generations)))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from thalweg.errors import EngineError, ThalwegError
 from thalweg.server.wire import error_fields
@@ -24,10 +25,20 @@ def data_line(fields: dict[str, Any]) -> str:
     return f"data: {json.dumps(fields, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def event_stream(messages: AsyncGenerator[Message, None]) -> StreamingResponse:
-    """The response that sends messages as they come. Headers go out at once."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_lines(messages), media_type="text/event-stream", headers=headers)
+class EventStream(StreamingResponse):
+    """Sends messages as they come; headers go out at once. `on_end` is called however it ends, even if the client was
+    gone before the first byte, when the messages were never asked for."""
+
+    def __init__(self, messages: AsyncGenerator[Message, None], on_end: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_lines(messages), media_type="text/event-stream", headers=headers)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
 
 
 async def _lines(messages: AsyncGenerator[Message, None]) -> AsyncIterator[str]:
