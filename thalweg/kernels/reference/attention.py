@@ -92,9 +92,13 @@ def _add_selected(softmax: _Softmax, entries: PagedRows, s: int, selected: Tenso
     if entries.offsets[s] == entries.offsets[s + 1]:
         return
     visible = selected >= 0
-    rows = entries.rows[entry_slots(entries, s, selected.clamp_min(0))].float()
-    # A row that stands in for "none" may hold anything, NaN too, and a weight of zero would not silence that.
-    softmax.add(rows.masked_fill(~visible[..., None], 0.0), visible)
+    # "None" is stood in for by another selected row: an unwritten one may hold anything, NaN too, and a weight of zero
+    # would not silence that. Only a query without any entry has no such row.
+    stand_in = selected.amax(-1, keepdim=True)
+    rows = entries.rows[entry_slots(entries, s, torch.where(visible, selected, stand_in).clamp_min(0))].float()
+    if int(stand_in.min()) < 0:
+        rows = rows.masked_fill(~visible[..., None], 0.0)
+    softmax.add(rows, visible)
 
 
 def _add_all(softmax: _Softmax, entries: PagedRows, s: int, visible: Tensor) -> None:
