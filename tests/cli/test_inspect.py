@@ -48,8 +48,9 @@ def test_the_published_byte_table(model, fp8, fp4, compressed, window, checkpoin
 def test_sequences_that_fit() -> None:
     form = facts("flash", "80GiB")["formats"]["fp8, fp4 index"]
     for tokens, count in form["sequences_that_fit"].items():
-        each = form["fixed_bytes_per_request"] + form["bytes_per_token_total"] * int(tokens)
+        each = form["fixed_bytes_per_request_total"] + form["bytes_per_token_total"] * int(tokens)
         assert count == int(80 * 2**30 // each)
+    assert sum(form["fixed_bytes_per_request"].values()) == form["fixed_bytes_per_request_total"]
 
 
 def test_inspect_needs_no_torch_and_no_weights(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from thalweg.checkpoint.parameters import Parameter, Storage, parameters
 from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import load_model_config
 from thalweg.config.options import parse_bytes
-from thalweg.memory.capacity import checkpoint_blocks, checkpoint_bytes, request_bytes, unit_bytes
+from thalweg.memory.capacity import checkpoint_blocks, checkpoint_bytes, live_bytes, request_bytes, unit_bytes
 from thalweg.memory.layout import CacheLayout, RowFormat
 
 LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
@@ -89,7 +89,8 @@ def _format_facts(config: ModelConfig, form: tuple[RowFormat, RowFormat], memory
         "checkpoint_bytes": {s.group.value: _checkpoint_bytes(s, layout) for s in groups if checkpoint_blocks(s)},
         "checkpoint_bytes_total": checkpoint_bytes(groups, layout),
         "window_bytes_if_stored_per_token": _window_row(groups, layout),
-        "fixed_bytes_per_request": fixed,
+        "fixed_bytes_per_request": {s.group.value: live_bytes(s, layout) for s in groups if not s.compressed},
+        "fixed_bytes_per_request_total": fixed,
         "sequences_that_fit": {
             str(n): memory_bytes // (fixed + unit * -(-n // config.unit_tokens)) for n in LENGTHS
         },
@@ -128,14 +129,15 @@ def _print(model: str, facts: dict[str, Any]) -> None:
         ("growing at 1M tokens", "bytes_at_1m_tokens", 2**30, ",.2f", " GiB"),
         ("window if stored per token", "window_bytes_if_stored_per_token", 1, ",", ""),
         ("one checkpoint (window + tail)", "checkpoint_bytes_total", 2**20, ",.2f", " MiB"),
-        ("fixed per running request", "fixed_bytes_per_request", 2**20, ",.2f", " MiB"),
+        ("fixed per running request", "fixed_bytes_per_request_total", 2**20, ",.2f", " MiB"),
     )
     for title, key, divisor, form, unit in rows:
         cells = (f[key] if divisor == 1 else f[key] / divisor for f in formats.values())
         table.add_row(title, *(f"{cell:{form}}{unit}" for cell in cells))
-    for group in next(iter(formats.values()))["checkpoint_bytes"]:
-        cells = (f["checkpoint_bytes"][group] / 2**20 for f in formats.values())
-        table.add_row(f"  of a checkpoint: {group}", *(f"{cell:,.2f} MiB" for cell in cells))
+    for title, key in (("of a checkpoint", "checkpoint_bytes"), ("of a request", "fixed_bytes_per_request")):
+        for group in next(iter(formats.values()))[key]:
+            cells = (f[key][group] / 2**20 for f in formats.values())
+            table.add_row(f"  {title}: {group}", *(f"{cell:,.2f} MiB" for cell in cells))
     for length in LENGTHS:
         title = f"sequences of {length // 1024}K in {facts['memory_bytes'] / 2**30:,.0f} GiB"
         table.add_row(title, *(f"{f['sequences_that_fit'][str(length)]:,}" for f in formats.values()))

@@ -177,7 +177,8 @@ def _layers(reader: _Reader) -> tuple[tuple[LayerKind, ...], int, int]:
         raise ConfigError(f"config.json: {name} must list {lengths[-1]} layers", param=name)
     unknown = [entry for entry in given if entry not in known]
     if unknown:
-        raise ConfigError(f"config.json: {name} has {unknown[0]!r}; known are {list(known)}", param=name)
+        other = " (ratios 1 and 2 are DeepSeek-V4.1's, a different architecture)" if unknown[0] in (1, 2) else ""
+        raise ConfigError(f"config.json: {name} has {unknown[0]!r}; known are {list(known)}{other}", param=name)
     if any(known[entry] is not LayerKind.WINDOW for entry in given[count:]):
         raise ConfigError("config.json: compress_ratios of MTP blocks must be 0", param="compress_ratios")
     rates = reader.mapping("compress_rates") if types is not None else {}

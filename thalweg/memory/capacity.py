@@ -52,7 +52,12 @@ def live_blocks(spec: CacheGroupSpec) -> int:
 
 def request_bytes(groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> int:
     """Fixed bytes that each running request needs beside its compressed rows."""
-    return sum(live_blocks(s) * layout.block_bytes(s) for s in groups if not s.compressed)
+    return sum(live_bytes(spec, layout) for spec in groups)
+
+
+def live_bytes(spec: CacheGroupSpec, layout: CacheLayout) -> int:
+    """A group's share of `request_bytes`; 0 for compressed groups."""
+    return 0 if spec.compressed else live_blocks(spec) * layout.block_bytes(spec)
 
 
 def checkpoint_blocks(spec: CacheGroupSpec) -> int:
