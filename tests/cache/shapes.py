@@ -12,6 +12,7 @@ from thalweg.cache.geometry import CacheGroupSpec, Group, cache_groups
 from thalweg.cache.policy import CheckpointPolicy
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.config.model_parse import parse_model_config
+from thalweg.memory.capacity import live_blocks
 
 MODEL = parse_model_config(FLASH_LIKE)
 
@@ -36,7 +37,7 @@ def coordinator_of(
 def _blocks(spec: CacheGroupSpec, units: int, checkpoints: int, running: int) -> int:
     if spec.blocks_behind is None:
         return units
-    return running * (2 * (spec.blocks_behind + 1) + spec.blocks_behind) + checkpoints * spec.blocks_behind
+    return running * live_blocks(spec) + checkpoints * spec.blocks_behind
 
 
 def free_blocks(coordinator: Coordinator) -> dict[Group, int]:

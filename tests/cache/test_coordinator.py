@@ -194,9 +194,24 @@ class CacheMachine(RuleBasedStateMachine):
     def step(self, data: st.DataObject, count: int) -> None:
         cache, tokens = data.draw(st.sampled_from(self.running))
         end = min(len(tokens), cache.computed_tokens + count)
-        if end > cache.computed_tokens and self.coordinator.reserve(cache, end):
+        if end == cache.computed_tokens:
+            return
+        if self.coordinator.reserve(cache, end):
             self.check_blocks_for(cache, end)
             self.coordinator.commit(cache, tokens, end)
+        else:
+            self.check_compressed_rows_are_short(cache, end)
+
+    def check_compressed_rows_are_short(self, cache: SequenceCache, end: int) -> None:
+        """A step is refused for want of compressed rows alone: every running request's sliding blocks are provided for,
+        and whatever is idle can be evicted."""
+        short = False
+        for spec in self.coordinator.groups:
+            pool = self.coordinator.pools[spec.group]
+            if spec.compressed:
+                needed = -(-end // spec.tokens_per_block) - len(cache.growing[spec.group])
+                short |= needed > pool.free_blocks + pool.idle_blocks
+        assert short
 
     def check_blocks_for(self, cache: SequenceCache, end: int) -> None:
         """A hit is warm for every group: each block that computing up to `end` reads or writes is there."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from thalweg.cache.geometry import CacheGroupSpec, Group
+from thalweg.config.model import UNIT_TOKENS
 from thalweg.errors import ConfigError
 from thalweg.memory.layout import CacheLayout
 
@@ -44,10 +45,12 @@ class CachePlan:
 def live_blocks(spec: CacheGroupSpec) -> int:
     """Blocks of a sliding group that one running request may hold at once, in the middle of a step.
 
-    Before the step: the blocks behind, the current one and the last boundary's; the step adds as many new ones.
+    Before the step: the current block, those behind it, and in a group of finer blocks than a unit also those of the
+    last boundary's checkpoint; the step may write as many new ones before it lets the old ones go.
     """
     assert spec.blocks_behind is not None, "compressed groups have no fixed number of live blocks"
-    return 2 * (spec.blocks_behind + 1) + spec.blocks_behind
+    boundary = spec.blocks_behind if spec.tokens_per_block < UNIT_TOKENS else 0
+    return 2 * (spec.blocks_behind + 1 + boundary)
 
 
 def request_bytes(groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> int:
