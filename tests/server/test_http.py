@@ -153,11 +153,19 @@ def long_text(words: int) -> str:
 
 def test_a_streaming_client_that_leaves_is_forgotten(http: httpx.Client, server: Server) -> None:
     body = {"messages": HELLO, "max_tokens": 5000, "stream": True, "ignore_eos": True}
+
+    def cancelled() -> float:
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        samples = [s for f in families for s in f.samples if s.name == "thalweg_requests_finished_total"]
+        return sum(s.value for s in samples if s.labels["reason"] == "cancelled")
+
+    before = cancelled()
     with http.stream("POST", CHAT, json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: "):
                 break
     server.wait_idle(5)
+    assert cancelled() == before + 1
 
 
 def test_clients_that_leave_during_a_prefill_are_forgotten(server: Server) -> None:

@@ -65,14 +65,15 @@ def serve(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, timeout_keep_alive=75)
     )
     address, bound = listener.getsockname()[:2]
-    print(f"ready on http://{address}:{bound}/v1", flush=True)
+    print(f"ready on http://{f'[{address}]' if ':' in address else address}:{bound}/v1", flush=True)
     server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bind before the model is loaded: a taken port should not cost a load."""
     try:
-        return socket.create_server((host, port), backlog=2048)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", param="port") from error
 

@@ -122,6 +122,10 @@ class RequestMetrics:
         for histogram in self._whole:
             histogram.observe(request.seconds)
 
+    def abandoned(self) -> None:
+        """A client left before its request ended."""
+        self._finished.labels("cancelled").inc()
+
     def exposition(self) -> bytes:
         """The text of /metrics."""
         return generate_latest(self._registry)

@@ -94,9 +94,11 @@ class Generation:
         engine.submit(request, lambda event: _pass_on(loop, self._events, event))
 
     def close(self) -> None:
-        """Stop the engine's work on this request if it is not over."""
+        """Stop the engine's work on this request if it is not over: nobody waits for it any more."""
         if not self._ended:
+            self._ended = True
             self._engine.cancel(self.request.request_id)
+            self._metrics.abandoned()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces until one has `finish`. Raises the request's ThalwegError if the engine failed it."""
