@@ -1,0 +1,1 @@
+"""Makes the embedded model's files; not part of the installed package."""

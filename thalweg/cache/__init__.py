@@ -1,0 +1,1 @@
+"""The logical cache: groups, pools, block tables, prefix index, coordinator. Never bytes, never torch."""

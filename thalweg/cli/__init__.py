@@ -1,0 +1,1 @@
+"""One file per verb. Verbs import what they need when they run."""

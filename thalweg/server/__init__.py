@@ -1,0 +1,1 @@
+"""HTTP in front of an engine: fields, streams, errors, usage. Computes nothing."""
