@@ -25,8 +25,8 @@ def generate(
         str | None, typer.Option("--file", "-f", help="Read the prompt from a file; -: standard input.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Ask as a user message, or continue the text.")] = True,
-    max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most output tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     config: flags.ConfigFile = None,
     dtype: flags.Dtype = None,

@@ -22,7 +22,7 @@ _LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
 def serve(
     model: flags.Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
     config: flags.ConfigFile = None,
     served_model_name: flags.ServedName = None,
     device: flags.Device = None,
@@ -99,6 +99,8 @@ def _print_report(runtime: Runtime) -> None:
         kernels.setdefault((kernel.backend, kernel.reason), []).append(kernel.op)
     console.print(choices)
     console.print(pools)
-    console.print(f"cache holds {plan.token_capacity:,} tokens; sequences of tokens that fit at once: {fits}")
+    console.print(
+        f"cache holds {plan.token_capacity:,} tokens; sequences of tokens that fit at once: {fits}", soft_wrap=True
+    )
     for (backend, reason), ops in kernels.items():
-        console.print(f"kernels: {backend} ({reason}): {', '.join(ops)}")
+        console.print(f"kernels: {backend} ({reason}): {', '.join(ops)}", soft_wrap=True)

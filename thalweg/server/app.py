@@ -16,7 +16,7 @@ import thalweg
 from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableError
 from thalweg.server.chat import chat_completions, encode_conversation
 from thalweg.server.completions import completions
-from thalweg.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
+from thalweg.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from thalweg.server.service import MAX_BODY_BYTES, Service
 from thalweg.server.wire import error_response
 
@@ -51,8 +51,13 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def read_json(request: Request) -> Any:
-    """The JSON body, within the limit. Raises RequestError saying what is wrong with it."""
+async def read_body(service: Service, request: Request, kind: type[Body]) -> Body:
+    """The checked JSON body; a large one is parsed off the event loop. Raises RequestError saying what is wrong."""
+    body = await _bytes_of(request)
+    return await service.off_loop(len(body), lambda: parse_body(kind, _json_of(body)))
+
+
+async def _bytes_of(request: Request) -> bytes:
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise WrongContentTypeError(f"content-type is {kind!r}; it must be application/json", param="content-type")
@@ -65,8 +70,12 @@ async def read_json(request: Request) -> Any:
                 break
     if len(body) > MAX_BODY_BYTES or not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
         raise BodyTooLargeError(f"the body is larger than the limit of {MAX_BODY_BYTES} bytes")
+    return bytes(body)
+
+
+def _json_of(body: bytes) -> Any:
     try:
-        return from_json(bytes(body), allow_inf_nan=False)
+        return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
 
@@ -81,6 +90,7 @@ def _add_errors(app: FastAPI) -> None:
         wrapped = RequestError(f"{request.method} {request.url.path}: {error.detail}")
         response = error_response(wrapped)
         response.status_code = error.status_code
+        response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(RequestValidationError)
@@ -119,11 +129,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     """Both spellings: DeepSeek's own API has no /v1."""
 
     async def chat(request: Request) -> Response:
-        body = parse_body(ChatBody, await read_json(request))
+        body = await read_body(service, request, ChatBody)
         return await chat_completions(service, body, request)
 
     async def complete(request: Request) -> Response:
-        body = parse_body(CompletionBody, await read_json(request))
+        body = await read_body(service, request, CompletionBody)
         return await completions(service, body, request)
 
     routes: tuple[tuple[str, Callable[[Request], Awaitable[Response]]], ...] = (
@@ -160,7 +170,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = parse_body(TokenizeBody, await read_json(request))
+        body = await read_body(service, request, TokenizeBody)
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
@@ -173,7 +183,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
-        body = parse_body(DetokenizeBody, await read_json(request))
+        body = await read_body(service, request, DetokenizeBody)
         service.check_model(body.model)
         wrong = next((t for t in body.tokens if t >= runtime.tokenizer.vocab_size), None)
         if wrong is not None:

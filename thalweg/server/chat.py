@@ -16,7 +16,7 @@ from thalweg.errors import RequestError, nearest
 from thalweg.server.choices import close_all, collected, merged
 from thalweg.server.generation import Generation, Piece
 from thalweg.server.schemas import ChatBody
-from thalweg.server.service import Prompt, Service, new_id
+from thalweg.server.service import LONG_TEXT, Prompt, Service, new_id
 from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import chat_logprobs, usage_fields
 from thalweg.text.chat import (
@@ -64,10 +64,12 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
 async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
     """The prompt of a chat body. Long conversations are encoded off the event loop."""
     options = _options(service, body)
-    messages = [_as_system(message) for message in body.messages]
-    size = sum(_size(message) for message in body.messages)
     tokenizer = service.runtime.tokenizer
-    return await service.off_loop(size, lambda: encode_chat(messages, tokenizer, options))
+
+    def encode() -> ChatPrompt:
+        return encode_chat([_as_system(message) for message in body.messages], tokenizer, options)
+
+    return await service.off_loop(_size([body.messages, body.tools]), encode)
 
 
 def _as_system(message: Any) -> Any:
@@ -77,12 +79,17 @@ def _as_system(message: Any) -> Any:
     return message
 
 
-def _size(message: Any) -> int:
-    """Characters of a message's content, roughly."""
-    content = message.get("content") if isinstance(message, dict) else None
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return sum(len(text) for text in texts if isinstance(text, str))
+def _size(value: Any) -> int:
+    """Values and characters of a JSON value (content, tool calls, schemas); counted no further than LONG_TEXT."""
+    size, left = 0, [value]
+    while left and size <= LONG_TEXT:
+        part = left.pop()
+        if isinstance(part, str):
+            size += len(part)
+        elif isinstance(part, (dict, list)):
+            size += len(part)
+            left.extend(part.values() if isinstance(part, dict) else part)
+    return size
 
 
 def _options(service: Service, body: ChatBody) -> ChatOptions:

@@ -58,7 +58,7 @@ async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
     for one in many:
         if isinstance(one, str):
             one = await service.off_loop(len(one), lambda text=one: service.encode_plain(text))  # type: ignore[misc]
-        prompts.append(service.prompt_of_ids(one))
+        prompts.append(await service.off_loop(len(one), lambda ids=one: service.prompt_of_ids(ids)))  # type: ignore[misc]
     return prompts
 
 
@@ -80,8 +80,9 @@ class _Answer:
 
     def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
         choices = [self._choice(i, "".join(p.text for p in own), own, 0) for i, own in enumerate(pieces)]
-        last = [own[-1].usage for own in pieces]
-        return {**self._common, "choices": choices, "usage": self._usage([u for u in last if u is not None])}
+        last = {i: own[-1].usage for i, own in enumerate(pieces)}
+        usage = self._usage({i: u for i, u in last.items() if u is not None})
+        return {**self._common, "choices": choices, "usage": usage}
 
     async def stream(self) -> AsyncGenerator[Message, None]:
         usages: dict[int, Usage] = {}
@@ -93,12 +94,12 @@ class _Answer:
                     continue
                 if piece.usage is not None:
                     usages[index] = piece.usage
-                yield self._part(index, piece, offsets[index], list(usages.values()))
+                yield self._part(index, piece, offsets[index], usages)
                 offsets[index] += len(piece.text)
         if self._options and self._options.include_usage:
-            yield {**self._common, "choices": [], "usage": self._usage([usages[i] for i in sorted(usages)])}
+            yield {**self._common, "choices": [], "usage": self._usage(usages)}
 
-    def _part(self, index: int, piece: Piece, offset: int, usages: list[Usage]) -> dict[str, Any]:
+    def _part(self, index: int, piece: Piece, offset: int, usages: dict[int, Usage]) -> dict[str, Any]:
         """One chunk of a stream."""
         chunk = {**self._common, "choices": [self._choice(index, piece.text, [piece], offset)]}
         if self._options and self._options.continuous_usage_stats:
@@ -114,10 +115,12 @@ class _Answer:
         reason = None if finish is None else finish.value
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _usage(self, usages: list[Usage]) -> dict[str, Any]:
-        """Every prompt counts once, however many choices it has."""
-        fields = usage_fields(usages)
-        for usage in usages[self._per_prompt :: self._per_prompt]:
+    def _usage(self, usages: dict[int, Usage]) -> dict[str, Any]:
+        """The bill of the choices heard of so far. Every prompt counts once, however many choices it has."""
+        fields = usage_fields(list(usages.values()))
+        of_prompt = {index // self._per_prompt: usage for index, usage in usages.items()}
+        counted = next(iter(usages)) // self._per_prompt  # by usage_fields, which bills the first one's prompt
+        for usage in (usage for prompt, usage in of_prompt.items() if prompt != counted):
             fields["prompt_tokens"] += usage.prompt_tokens
             fields["total_tokens"] += usage.prompt_tokens
             fields["prompt_tokens_details"]["cached_tokens"] += usage.cached_tokens

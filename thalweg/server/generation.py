@@ -160,6 +160,8 @@ class Generation:
         self._last = now
 
     def _end(self, reason: FinishReason, usage: Usage) -> None:
+        if self._ended:  # closed meanwhile, and counted there
+            return
         self._ended = True
         self._metrics.finished(
             FinishedRequest(

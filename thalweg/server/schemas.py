@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic_core import ErrorDetails
 
 from thalweg.errors import RequestError, nearest
 from thalweg.types import SamplingParams
@@ -20,13 +21,33 @@ MOST_LOGPROBS = 20
 MOST_CHOICES = 16
 MOST_STOPS = 16
 # The range of temperature is OpenAI's and DeepSeek's.
-_Temperature = Annotated[float, Field(ge=0, le=2)]
-_Share = Annotated[float, Field(gt=0, le=1)]
-_MinP = Annotated[float, Field(ge=0, le=1)]
-_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
+_Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+_MinP = Annotated[float, Field(ge=0, le=1, strict=True)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
+_Repetition = Annotated[float, Field(gt=0, le=10, strict=True)]
 _Count = Annotated[StrictInt, Field(ge=1)]
 _FromZero = Annotated[StrictInt, Field(ge=0)]
+# The first wrong entry is enough: an error for every entry of a list of millions would take gigabytes.
+_Ids = Annotated[list[_FromZero], Field(fail_fast=True)]
+_Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+_IdLists = Annotated[list[_Ids], Field(fail_fast=True)]
 
+_WORDS = {
+    "missing": "is required",
+    "bool_type": "must be a boolean",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "float_type": "must be a number",
+    "int_type": "must be an integer",
+    "list_type": "must be a list",
+    "string_type": "must be a string",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "too_long": "has {actual_length} entries; at most {max_length} are allowed",
+}
 _UNION_BRANCH = re.compile(r"(constrained-|nullable|function-)?(str|int|float|bool|list|dict|none)\b")
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -61,9 +82,9 @@ class SamplingBody(BaseModel):
     seed: StrictInt | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MOST_STOPS)] | None = None
-    stop_token_ids: list[_FromZero] | None = None
+    repetition_penalty: _Repetition | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: _Ids | None = None
     min_tokens: _FromZero | None = None
     ignore_eos: StrictBool | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -122,7 +143,7 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: StrictStr | list[_FromZero] | list[StrictStr] | list[list[_FromZero]]
+    prompt: StrictStr | _Ids | _Texts | _IdLists
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
 
@@ -141,7 +162,7 @@ class DetokenizeBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
-    tokens: list[_FromZero]
+    tokens: _Ids
 
 
 NESTED: Mapping[str, type[BaseModel]] = {
@@ -162,14 +183,31 @@ def parse_body(kind: type[Body], fields: Any) -> Body:
     try:
         return kind.model_validate({k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
     except ValidationError as error:
-        # Of the branches of a union, the one that got furthest says what the client meant.
-        first = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
-        path = _path(first["loc"])
-        if first["type"] == "extra_forbidden":
-            nested = NESTED[str(first["loc"][0])].model_fields
-            near = nearest(str(first["loc"][-1]), nested)
-            raise RequestError(f"{path} is not a supported field.{near}", param=path) from error
-        raise RequestError(f"{path}: {first['msg']}", param=path) from error
+        raise _named(error.errors(include_url=False)) from error
+
+
+def _named(errors: list[ErrorDetails]) -> RequestError:
+    """The error of the wrong field. Of the branches of a union, the one that got furthest says what was meant."""
+    furthest = max(map(_progress, errors))
+    reached = [error for error in errors if _progress(error) == furthest]
+    first = reached[0]
+    path = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = NESTED[str(first["loc"][0])].model_fields
+        near = nearest(str(first["loc"][-1]), known) or f" Supported: {', '.join(known)}."
+        return RequestError(f"{path} is not a supported field.{near}", param=path)
+    words = dict.fromkeys(_words(error) for error in reached if _path(error["loc"]) == path)
+    return RequestError(f"{path} {' or '.join(words).replace(' or must be ', ' or ')}", param=path)
+
+
+def _progress(error: ErrorDetails) -> tuple[int, int, bool]:
+    """How far a branch got: depth, place in a list, and the right type there but a wrong value."""
+    place = max((part for part in error["loc"] if isinstance(part, int)), default=-1)
+    return len(error["loc"]), place, not error["type"].endswith("_type")
+
+
+def _words(error: ErrorDetails) -> str:
+    return _WORDS.get(error["type"], error["msg"]).format_map(error.get("ctx", {}))
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -18,7 +18,7 @@ from thalweg.server.generation import Generation, OutputReader
 from thalweg.types import GenerateRequest, SamplingParams, TokenArray
 
 MAX_BODY_BYTES = 64 * 2**20
-_LONG_TEXT = 20_000  # characters above which encoding leaves the event loop: about 10 ms of work
+LONG_TEXT = 20_000  # characters above which work leaves the event loop: about 10 ms of encoding
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ class Service:
 
     async def off_loop(self, size: int, work: Callable[[], Result]) -> Result:
         """Run CPU work of a large text in a thread, so that the event loop goes on answering."""
-        return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
+        return await asyncio.to_thread(work) if size > LONG_TEXT else work()
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a completion prompt: BOS and the text, in which control strings stay text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -31,7 +31,8 @@ class EventStream(StreamingResponse):
 
     def __init__(self, messages: AsyncGenerator[Message, None], on_end: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_lines(messages), media_type="text/event-stream", headers=headers)
+        self._lines = _lines(messages)
+        super().__init__(self._lines, media_type="text/event-stream", headers=headers)
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,9 +40,10 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._on_end()
+            await self._lines.aclose()  # a client that left while a line was being sent: nobody else ends it
 
 
-async def _lines(messages: AsyncGenerator[Message, None]) -> AsyncIterator[str]:
+async def _lines(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[str, None]:
     """Data lines and comments. An error in mid-stream is sent as data: the status line is gone by then."""
     shown = 0.0
     pending = asyncio.ensure_future(_next(messages))
