@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST_NAME = 100  # a longer one is no slip of the pen, and comparing takes time
+
 
 class ThalwegError(Exception):
     """Root of the tree. `param` names the offending field, option, tensor or file where there is one."""
@@ -77,5 +79,7 @@ class CheckpointError(ThalwegError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest known name, or the empty string."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     match = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {match[0]!r}?" if match else ""

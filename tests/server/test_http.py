@@ -31,14 +31,16 @@ LIMIT = 64 * 2**20
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", ""),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text"),
         ({"temperatur": 1}, "temperatur", "Did you mean 'temperature'"),
-        ({"temperature": "hot"}, "temperature", "number"),
-        ({"temperature": 2.5}, "temperature", "2"),
+        ({"temperature": "0.5"}, "temperature", "number"),
+        ({"temperature": True}, "temperature", "number"),
+        ({"temperature": 2.5}, "temperature", "at most 2"),
         ({"top_p": 0}, "top_p", "0"),
         ({"max_tokens": 0}, "max_tokens", "1"),
         ({"max_tokens": 1.5}, "max_tokens", "integer"),
         ({"max_tokens": True}, "max_tokens", "integer"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "above max_tokens 3"),
+        ({"stop": 7}, "stop", "a string or a list"),
         ({"stop": [1]}, "stop[0]", "string"),
         ({"stop": ""}, "stop", "empty"),
         ({"stop": ["x"] * 17}, "stop", "16"),
@@ -47,6 +49,8 @@ LIMIT = 64 * 2**20
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"stream_options": {"include_usge": True}}, "stream_options.include_usge", "Did you mean 'include_usage'"),
+        ({"stream_options": {"incl": True}}, "stream_options.incl", "Supported: include_usage"),
+        ({"stream_options": [True]}, "stream_options", "must be an object"),
         ({"thinking": {"type": "on"}}, "thinking.type", "enabled"),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "max"),
         ({"chat_template_kwargs": {"thinkin": True}}, "chat_template_kwargs.thinkin", "Did you mean 'thinking'"),
@@ -65,7 +69,7 @@ def test_bad_chat_fields_are_named(http: httpx.Client, fields: dict, param: str,
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param and words in error["message"], error
-    assert error["type"] == "invalid_request_error"
+    assert error["type"] == "invalid_request_error" and "Input should" not in error["message"]
     assert http.get("/health").status_code == 200
 
 
@@ -98,6 +102,20 @@ def test_bodies_that_are_no_json_object(http: httpx.Client, body: bytes) -> None
     assert "body" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/completions", '{"prompt":[' + "1," * 2_000_000 + '"a"]}', "prompt[2000000] must be an integer"),
+        (CHAT, '{"messages":[' + "1," * 2_000_000 + "1]}", "messages[0]"),
+        ("/detokenize", '{"tokens":[' + '"a",' * 2_000_000 + "1]}", "tokens[0]"),
+        (CHAT, '{"' + "a" * 8_000_000 + '":1}', "not a supported field"),
+    ],
+)
+def test_long_nonsense_is_refused_at_its_first_fault(http: httpx.Client, path: str, body: str, words: str) -> None:
+    response = http.post(path, content=body, headers={"content-type": "application/json"}, timeout=15)
+    assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
 def test_fields_without_effect_are_accepted(http: httpx.Client) -> None:
     extra = {"store": False, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "parallel_tool_calls": True}
     nulls = {"temperature": None, "stop": None, "tools": None, "response_format": {"type": "text"}}
@@ -114,6 +132,7 @@ def test_routes_methods_and_types(http: httpx.Client) -> None:
     ):
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert http.get(CHAT).headers["allow"] == "POST"
     assert http.get("/version").json()["version"]
     assert http.head("/metrics").status_code == 200
 
@@ -276,6 +295,7 @@ def test_a_taken_port_and_wrong_options_are_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen on 127.0.0.1:{port}" in fails("--port", port)
+    assert "65535" in fails("--port", "70000")
     assert "max_model_len: 9999999" in fails("--port", "0", "--max-model-len", "9999999")
     assert "too few for max_num_seqs" in fails("--port", "0", "--kv-cache-memory", "1MB")
     assert "--max-model-len" in fails("--max-model-length", "5")
@@ -304,3 +324,6 @@ def test_generate_streams_to_standard_output() -> None:
     assert len(result.stdout) > 1 and result.stderr == ""
     missing = subprocess.run(command, capture_output=True, text=True, check=False)
     assert missing.returncode == 2 and "--prompt or --file" in missing.stderr
+    nothing = [*command, "--prompt", "x", "--max-tokens", "0"]
+    refused = subprocess.run(nothing, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stdout == "" and "max-tokens" in refused.stderr

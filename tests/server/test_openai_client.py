@@ -118,6 +118,13 @@ def test_completions(client: OpenAI) -> None:
     assert [c.index for c in many.choices] == [0, 1, 2, 3]
     single = [client.completions.create(model=MODEL, prompt=p, max_tokens=2) for p in ("a", "b b b")]
     assert many.usage.prompt_tokens == sum(s.usage.prompt_tokens for s in single)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt=["a", "b b b"], max_tokens=2, temperature=0, n=2, stream=True, stream_options=options
+        )
+    )
+    assert chunks[-1].choices == [] and chunks[-1].usage == many.usage == chunks[-2].usage
     ids = client.completions.create(model=MODEL, prompt=[0, 400, 401], max_tokens=3, temperature=0)
     assert ids.usage.prompt_tokens == 3
 

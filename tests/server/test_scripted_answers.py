@@ -14,15 +14,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.engine.assembly import Models, Shape, engine_of
+from tests.engine.assembly import CountingRunner, Models, Shape, engine_of
 from tests.model.fields import FLASH_LIKE
 from thalweg.config.options import load_options
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.runtime import Runtime, build_runtime
+from thalweg.errors import CancelledError
 from thalweg.server.app import create_app
+from thalweg.server.generation import Generation, PlainReader
 from thalweg.server.service import Service
 from thalweg.text.tokenizer import Tokenizer
-from thalweg.types import SampledToken
+from thalweg.types import SampledToken, SamplingParams
 
 _CONTROL = re.compile("(<｜[^｜]*｜>|</?think>|｜DSML｜)")
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -141,6 +143,36 @@ def test_a_stop_string_ends_the_content_in_the_middle_of_a_token(runtime: Runtim
     whole, chunks = ask(runtime, "return self.value and more", stop=["elf.va"])
     assert whole["choices"][0]["message"]["content"] == "return s" == joined(chunks)["content"]
     assert whole["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_request_closed_while_someone_waits_for_it_is_counted_once(runtime: Runtime) -> None:
+    _, plan = Models().runner(FLASH_LIKE, Shape())
+    fields = {**FLASH_LIKE, "vocab_size": runtime.model_config.vocab_size}
+    runner = CountingRunner()
+    runner.gate.clear()  # the first request keeps the only place; the second waits behind it
+    engine = engine_of(fields, runner, plan, Shape(max_running=1))
+    service = Service(dataclasses.replace(runtime, engine=engine))
+
+    def start(name: str) -> Generation:
+        prompt, reader = service.prompt_of_ids([5, 6, 7]), PlainReader(runtime.tokenizer)
+        return service.start(prompt, SamplingParams(max_tokens=50), reader, request_id=name)
+
+    async def run() -> None:
+        start("first")
+        closed = start("second")
+        waiting = asyncio.create_task(anext(closed.pieces()))
+        await asyncio.sleep(0)
+        closed.close()
+        closed.close()
+        runner.gate.set()
+        with pytest.raises(CancelledError):
+            await waiting
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+    assert 'thalweg_requests_finished_total{reason="cancelled"} 1.0' in service.metrics.exposition().decode()
 
 
 def test_a_failure_in_mid_stream_is_an_error_event(runtime: Runtime) -> None:

@@ -49,7 +49,7 @@ def load_parameters(
     """Fill `destination` (engine name -> tensor of the parameter's shape) in place.
 
     progress(done, total) counts weight tensors. Raises CheckpointError naming missing, surplus or misshapen tensors
-    before anything is read.
+    before anything is read, and expert ids (tid2eid) out of range when they are.
     """
     sources, skipped = _resolve(checkpoint)
     shards: dict[str, list[_Source]] = {}
@@ -72,7 +72,9 @@ def _load_shard(
     with _open(shard) as file:
         for source in sources:
             weight = _tensor(file, source.entry.stored_name)
-            scale = None if source.scale is None else _scale(checkpoint, source.scale)
+            if source.parameter.storage is Storage.INT64:
+                _check_expert_ids(source.piece.name, weight, checkpoint.config.num_experts)
+            scale = None if source.scale is None else _scale(checkpoint, source.scale, shard, file)
             _fill(destination[source.parameter.name], source, weight, scale)
             yield weight.numel() * weight.element_size()
 
@@ -163,9 +165,18 @@ def _tensor(file: safe_open, name: str) -> Tensor:
         raise CheckpointError(f"tensor {name} cannot be read: {error}", param=name) from error
 
 
-def _scale(checkpoint: Checkpoint, name: str) -> Tensor:
-    with _open(str(checkpoint.tensors[name].shard)) as file:
+def _check_expert_ids(name: str, table: Tensor, experts: int) -> None:
+    if int(table.min()) < 0 or int(table.max()) >= experts:
+        raise CheckpointError(f"tensor {name} has expert ids outside 0 to {experts - 1}", param=name)
+
+
+def _scale(checkpoint: Checkpoint, name: str, shard: str, file: safe_open) -> Tensor:
+    """From the open shard where the scale is in it: parsing a header anew for every weight would take minutes."""
+    other = str(checkpoint.tensors[name].shard)
+    if other == shard:
         return _tensor(file, name)
+    with _open(other) as elsewhere:
+        return _tensor(elsewhere, name)
 
 
 def _fill(target: Tensor, source: _Source, weight: Tensor, scale: Tensor | None) -> None:

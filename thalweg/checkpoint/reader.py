@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from thalweg.config.model import ModelConfig
-from thalweg.config.model_parse import load_model_config
+from thalweg.config.model_parse import PUBLISHED, load_model_config
 from thalweg.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -52,6 +52,9 @@ class Checkpoint:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read config.json and the headers of all shards. Raises ConfigError or CheckpointError naming file or tensor."""
     config = load_model_config(directory)
+    if not directory.is_dir():
+        published = f"; {directory} is a config without weights" if str(directory) in PUBLISHED else ""
+        raise CheckpointError(f"{directory}: not a directory with a checkpoint{published}", param="model")
     tensors: dict[str, TensorEntry] = {}
     for shard in _shards(directory):
         for name, entry in _read_header(shard).items():
@@ -62,19 +65,30 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if "embed.weight" in tensors:
         return Checkpoint(directory, config, CheckpointLayout.OFFICIAL, tensors)
     if "model.embed_tokens.weight" in tensors:
-        known = {_SAVED_NORM.sub(r"\1.kv_norm.weight", name): entry for name, entry in tensors.items()}
-        return Checkpoint(directory, replace(config, num_mtp_layers=0), CheckpointLayout.TRANSFORMERS, known)
+        return Checkpoint(directory, replace(config, num_mtp_layers=0), CheckpointLayout.TRANSFORMERS, _known(tensors))
     raise CheckpointError(
         f"{directory}: neither embed.weight (official layout) nor model.embed_tokens.weight (transformers layout)",
         param="embed.weight",
     )
 
 
+def _known(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Under the names that transformers reads. A tensor that is there under both spellings is an error."""
+    known: dict[str, TensorEntry] = {}
+    for stored, entry in tensors.items():
+        name = _SAVED_NORM.sub(r"\1.kv_norm.weight", stored)
+        if name in known:
+            raise CheckpointError(f"tensors {known[name].stored_name} and {stored} are the same one", param=stored)
+        known[name] = entry
+    return known
+
+
 def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.exists():
         names = sorted(set(_weight_map(index).values()))
-        missing = [name for name in names if not (directory / name).exists()]
+        present = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = [name for name in names if name not in present]
         if missing:
             raise CheckpointError(f"{index}: shard {missing[0]} does not exist", param=missing[0])
         return [directory / name for name in names]
@@ -87,13 +101,13 @@ def _shards(directory: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = dict(json.loads(index.read_text())["weight_map"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index: {error!r}", param=index.name) from error
     bad = [v for v in weight_map.values() if not isinstance(v, str) or Path(v).name != v]
     if bad:
         raise CheckpointError(f"{index}: {bad[0]!r} is not a file name", param=index.name)
-    return dict(weight_map)
+    return weight_map
 
 
 def _check_index(directory: Path, tensors: Mapping[str, TensorEntry]) -> None:
@@ -125,11 +139,16 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for name in sorted(checkpoint.tensors):
         entry = checkpoint.tensors[name]
         digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
-    for shard in sorted({entry.shard for entry in checkpoint.tensors.values()}):
-        size = shard.stat().st_size
-        digest.update(str(size).encode())
-        with shard.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+    for shard in sorted(_shard_digest(shard) for shard in {entry.shard for entry in checkpoint.tensors.values()}):
+        digest.update(shard)
     return digest.hexdigest()
+
+
+def _shard_digest(shard: Path) -> bytes:
+    size = shard.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with shard.open("rb") as file:
+        for sample in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.digest()

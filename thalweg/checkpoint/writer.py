@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,14 +40,36 @@ def write_checkpoint(
 ) -> int:
     """Write config.json, shards with an index, and copies of `extra_files`; returns the bytes of all tensors.
 
-    `directory` must not exist or be empty; it appears complete or not at all.
+    `directory` must not exist or be empty; it appears complete or not at all. Raises CheckpointError where it cannot.
     """
+    try:
+        staging = _staging(directory.resolve())
+        return _write_and_rename(staging, directory.resolve(), config_fields, values, form, extra_files)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be written: {error}", param="directory") from error
+
+
+def _staging(directory: Path) -> Path:
+    """An empty directory beside the wanted one, which must not be in use."""
+    if directory == Path.cwd():
+        raise CheckpointError(f"{directory} is the current directory; name a new one", param="directory")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists and is not an empty directory", param="directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
+    return staging
+
+
+def _write_and_rename(
+    staging: Path,
+    directory: Path,
+    config_fields: Mapping[str, Any],
+    values: Iterable[tuple[Parameter, Tensor]],
+    form: WriteFormat,
+    extra_files: Iterable[Path],
+) -> int:
     try:
         total = _write_shards(staging, _tensors(values, form), form.max_shard_bytes)
         (staging / "config.json").write_text(json.dumps(dict(config_fields), indent=2) + "\n")

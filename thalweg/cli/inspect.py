@@ -13,7 +13,14 @@ from thalweg.checkpoint.parameters import Parameter, Storage, parameters
 from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import load_model_config
 from thalweg.config.options import parse_bytes
-from thalweg.memory.capacity import checkpoint_blocks, checkpoint_bytes, live_bytes, request_bytes, unit_bytes
+from thalweg.memory.capacity import (
+    checkpoint_blocks,
+    checkpoint_bytes,
+    live_bytes,
+    request_bytes,
+    sequences_that_fit,
+    unit_bytes,
+)
 from thalweg.memory.layout import CacheLayout, RowFormat
 
 LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
@@ -23,7 +30,7 @@ FORMATS = {
     "bfloat16": (RowFormat.BFLOAT16, RowFormat.BFLOAT16),
     "float32": (RowFormat.FLOAT32, RowFormat.FLOAT32),
 }
-_SCALE_SHARE = {"fp8": 1 + 1 / 128**2, "fp4": 0.5 + 1 / 32, "bf16": 2.0}
+_STORED_BYTES = {"fp8": 1 + 1 / 128**2, "fp4": 0.5 + 1 / 32, "bf16": 2.0, "fp32": 4.0}  # of an element, with scales
 
 
 def inspect(
@@ -72,9 +79,9 @@ def _stored_bytes(parameter: Parameter, config: ModelConfig) -> float:
     if parameter.storage is Storage.INT64:
         return 8.0 * parameter.elements
     if parameter.storage is Storage.BF16:
-        return 2.0 * parameter.elements
+        return (4.0 if config.weight_dtype == "fp32" else 2.0) * parameter.elements
     form = config.expert_dtype if parameter.storage is Storage.EXPERT else config.weight_dtype
-    return _SCALE_SHARE[form] * parameter.elements
+    return _STORED_BYTES[form] * parameter.elements
 
 
 def _format_facts(config: ModelConfig, form: tuple[RowFormat, RowFormat], memory_bytes: int) -> dict[str, Any]:
@@ -92,9 +99,13 @@ def _format_facts(config: ModelConfig, form: tuple[RowFormat, RowFormat], memory
         "fixed_bytes_per_request": {s.group.value: live_bytes(s, layout) for s in groups if not s.compressed},
         "fixed_bytes_per_request_total": fixed,
         "sequences_that_fit": {
-            str(n): memory_bytes // (fixed + unit * -(-n // config.unit_tokens)) for n in LENGTHS
+            str(n): sequences_that_fit(groups, layout, budget_bytes=memory_bytes, tokens=n) for n in LENGTHS
         },
-    }  # fmt: skip
+        "sequences_that_fit_without_prefix_caching": {
+            str(n): sequences_that_fit(groups, layout, budget_bytes=memory_bytes, tokens=n, prefix_caching=False)
+            for n in LENGTHS
+        },
+    }
 
 
 def _checkpoint_bytes(spec: CacheGroupSpec, layout: CacheLayout) -> int:
@@ -117,7 +128,7 @@ def _print(model: str, facts: dict[str, Any]) -> None:
     console.print(f"order: {_runs(facts['layer_kinds'])}")
     console.print(
         f"parameters: {facts['parameters']:,} ({facts['active_parameters']:,} active per token), "
-        f"MTP {facts['mtp_parameters']:,}; {facts['weight_bytes'] / 2**30:,.2f} GiB of weights as stored"
+        f"MTP {facts['mtp_parameters']:,}; {facts['weight_bytes'] / 2**30:,.3f} GiB of weights as stored"
     )
     console.print(f"exact replay of a lost checkpoint: {facts['exact_replay_tokens']:,} tokens")
     formats = facts["formats"]
@@ -138,9 +149,10 @@ def _print(model: str, facts: dict[str, Any]) -> None:
         for group in next(iter(formats.values()))[key]:
             cells = (f[key][group] / 2**20 for f in formats.values())
             table.add_row(f"  {title}: {group}", *(f"{cell:,.2f} MiB" for cell in cells))
-    for length in LENGTHS:
-        title = f"sequences of {length // 1024}K in {facts['memory_bytes'] / 2**30:,.0f} GiB"
-        table.add_row(title, *(f"{f['sequences_that_fit'][str(length)]:,}" for f in formats.values()))
+    for key, remark in (("", ""), ("_without_prefix_caching", ", no prefix caching")):
+        for length in LENGTHS:
+            title = f"sequences of {length // 1024}K in {facts['memory_bytes'] / 2**30:,.4g} GiB{remark}"
+            table.add_row(title, *(f"{f['sequences_that_fit' + key][str(length)]:,}" for f in formats.values()))
     console.print(table)
 
 

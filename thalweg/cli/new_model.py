@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import PUBLISHED, default_model, parse_model_config, read_config_json
 from thalweg.config.options import parse_bytes
 from thalweg.errors import ConfigError, nearest
@@ -25,7 +26,7 @@ def new_model(
     layout: Annotated[str, typer.Option(help="official or transformers tensor names.")] = "official",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     quantize: Annotated[bool, typer.Option("--quantize", help="FP8 matrices and FP4 experts.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0, max=2**63 - 1)] = 0,
     vocab_size: Annotated[int | None, typer.Option(help="Vocabulary; the tokenizer's if left out.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 500MB.")] = "2GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Directory whose tokenizer files are copied.")] = None,
@@ -43,7 +44,7 @@ def new_model(
     source = tokenizer or default_model()
     files = [source / name for name in _TOKENIZER_FILES if (source / name).exists()]
     fields = scaled_config(like, scale, layers)
-    fields["vocab_size"] = vocab_size or _vocabulary(source)
+    fields["vocab_size"] = _vocabulary(source) if vocab_size is None else vocab_size
     fields |= _overrides(set_ or [], fields)
     fields["torch_dtype"] = dtype
     if not quantize:
@@ -60,11 +61,22 @@ def _write(directory: Path, fields: dict[str, Any], form: tuple[str, str, bool, 
 
     layout, dtype, quantize, seed, shard_bytes = form
     config = parse_model_config(fields)
+    if quantize:
+        _check_quantizable(config)
     plain = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     write_format = WriteFormat(CheckpointLayout(layout), plain, quantize, shard_bytes)
     total = write_checkpoint(directory, fields, random_parameters(config, seed), write_format, files)
     kinds = " ".join(kind.value for kind in config.layer_kinds)
     print(f"{directory}: {total:,} bytes, {config.num_layers} layers ({kinds})")
+
+
+def _check_quantizable(config: ModelConfig) -> None:
+    """FP4 has one scale for 32 inputs, and expert weights have no other quantised form here."""
+    for name, size in (("hidden_size", config.hidden_size), ("moe_intermediate_size", config.moe_intermediate_size)):
+        if size % 32:
+            raise ConfigError(f"--quantize: {name} is {size}; FP4 experts need a multiple of 32", param=name)
+    if config.expert_dtype != "fp4":
+        raise ConfigError("--quantize writes fp4 experts; leave expert_dtype as it is", param="expert_dtype")
 
 
 def _vocabulary(source: Path) -> int:
@@ -120,19 +132,22 @@ def _power_of_two(size: float, least: int) -> int:
 
 
 def _overrides(settings: list[str], known: dict[str, Any]) -> dict[str, Any]:
-    """`field=value` pairs; a value with commas is a list."""
+    """`field=value` pairs; a value with commas is a list. Lists of layers get the zeros of MTP blocks."""
     result: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if name not in known or not equals:
+        if name not in known:
             raise ConfigError(f"--set {setting}: {name!r} is no config field.{nearest(name, known)}", param="set")
+        if not equals:
+            raise ConfigError(f"--set {setting}: write --set {name}=VALUE", param="set")
         try:
             result[name] = json.loads(f"[{text}]" if isinstance(known[name], list) else text)
         except ValueError:
             result[name] = text
     ratios = result.get("compress_ratios")
-    if ratios is not None:
+    if isinstance(ratios, list):
+        layers = result.setdefault("num_hidden_layers", len(ratios))
         mtp = result.get("num_nextn_predict_layers", known["num_nextn_predict_layers"])
-        result.setdefault("num_hidden_layers", len(ratios))
-        result["compress_ratios"] = ratios + [0] * (result["num_hidden_layers"] + mtp - len(ratios))
+        if layers == len(ratios) and isinstance(mtp, int):  # else the parser of configs has something to say
+            result["compress_ratios"] = ratios + [0] * mtp
     return result

@@ -67,8 +67,8 @@ class ModelConfig:
     num_mtp_layers: int
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
-    expert_dtype: str  # "fp4", "fp8" or "bf16": how routed experts are stored in the checkpoint
-    weight_dtype: str  # "fp8" or "bf16": how the other quantisable matrices are stored
+    expert_dtype: str  # "fp4", "fp8", "bf16" or "fp32": how routed experts are stored in the checkpoint
+    weight_dtype: str  # "fp8", "bf16" or "fp32": how the other quantisable matrices are stored
 
     @property
     def num_layers(self) -> int:

@@ -6,12 +6,13 @@ What would change the computation and is not implemented is refused by name; fie
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from thalweg.config.model import LayerKind, ModelConfig, YarnScaling
+from thalweg.config.model import UNIT_TOKENS, LayerKind, ModelConfig, YarnScaling
 from thalweg.errors import ConfigError, nearest
 
 PUBLISHED = ("flash", "pro")
@@ -48,6 +49,8 @@ _ONLY = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
     "norm_topk_prob": (True,),
+    "compress_rate_csa": (4,),
+    "compress_rate_hca": (128,),
 }
 
 
@@ -61,8 +64,8 @@ def read_config_json(model: str | Path) -> dict[str, Any]:
     if str(model) in PUBLISHED:
         return json.loads(resources.files("thalweg").joinpath(f"data/configs/{model}.json").read_text())
     path = default_model() if str(model) == "default" else Path(model)
-    path = path / "config.json" if path.is_dir() else path
     try:
+        path = path / "config.json" if path.is_dir() else path
         fields = json.loads(path.read_text())
     except FileNotFoundError:
         near = nearest(str(model), ("default", *PUBLISHED))
@@ -120,7 +123,7 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         bos_token_id=reader.integer("bos_token_id", 0, least=0),
         eos_token_ids=_eos(reader),
         expert_dtype=_expert_dtype(reader),
-        weight_dtype="fp8" if reader.mapping("quantization_config") else "bf16",
+        weight_dtype="fp8" if _is_quantized(reader) else _plain_dtype(reader),
     )
     _check_dims(config)
     return config
@@ -144,7 +147,7 @@ class _Reader:
     def number(self, name: str, default: float) -> float:
         value = self.fields.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_positive(value):
             raise ConfigError(f"config.json: {name} must be a positive number, not {value!r}", param=name)
         return float(value)
 
@@ -155,8 +158,13 @@ class _Reader:
         return value or {}
 
 
+def _is_positive(value: Any) -> bool:
+    """A number that a float holds, above zero; JSON also has booleans, NaN, Infinity and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
 def _refuse_other_architectures(fields: Mapping[str, Any]) -> None:
-    if fields.get("model_type") in {"deepseek_v4_1", "deepseek_v41"} or "kv_share_layers" in fields:
+    if fields.get("model_type") in ("deepseek_v4_1", "deepseek_v41") or "kv_share_layers" in fields:
         raise ConfigError("DeepSeek-V4.1 is a different architecture and not supported", param="model_type")
     for name, allowed in _ONLY.items():
         if fields.get(name, allowed[0]) not in allowed:
@@ -175,23 +183,34 @@ def _layers(reader: _Reader) -> tuple[tuple[LayerKind, ...], int, int]:
     lengths = (count, count + mtp) if name == "compress_ratios" else (count,)
     if not isinstance(given, list) or len(given) not in lengths:
         raise ConfigError(f"config.json: {name} must list {lengths[-1]} layers", param=name)
-    unknown = [entry for entry in given if entry not in known]
+    unknown = [entry for entry in given if not isinstance(entry, int | str) or entry not in known]
     if unknown:
         other = " (ratios 1 and 2 are DeepSeek-V4.1's, a different architecture)" if unknown[0] in (1, 2) else ""
         raise ConfigError(f"config.json: {name} has {unknown[0]!r}; known are {list(known)}{other}", param=name)
     if any(known[entry] is not LayerKind.WINDOW for entry in given[count:]):
         raise ConfigError("config.json: compress_ratios of MTP blocks must be 0", param="compress_ratios")
     rates = reader.mapping("compress_rates") if types is not None else {}
-    csa = rates.get("compressed_sparse_attention", 4)
-    hca = rates.get("heavily_compressed_attention", 128)
-    return tuple(known[entry] for entry in given[:count]), int(csa), int(hca)
+    csa, hca = (_rate(rates, kind, ratio) for kind, ratio in ((LayerKind.CSA, 4), (LayerKind.HCA, 128)))
+    return tuple(known[entry] for entry in given[:count]), csa, hca
+
+
+def _rate(rates: Mapping[str, Any], kind: LayerKind, default: int) -> int:
+    name = next(name for name, known in _LAYER_TYPES.items() if known is kind)
+    rate = rates.get(name, default)
+    if isinstance(rate, bool) or not isinstance(rate, int) or rate < 2 or UNIT_TOKENS % rate:
+        raise ConfigError(
+            f"config.json: compress_rates: {name} is {rate!r}; it must be above 1 and divide {UNIT_TOKENS}",
+            param="compress_rates",
+        )
+    return rate
 
 
 def _hash_layers(reader: _Reader, layers: int) -> int:
     types = reader.fields.get("mlp_layer_types")
     if types is None:
         return min(reader.integer("num_hash_layers", 0, least=0), layers)
-    hashed = [t == "hash_moe" for t in types[:layers]]
+    given = types[:layers] if isinstance(types, list) else []
+    hashed = [t == "hash_moe" for t in given if t in ("hash_moe", "moe")]
     if hashed != sorted(hashed, reverse=True) or len(hashed) != layers:
         raise ConfigError("config.json: mlp_layer_types must be hash_moe, then moe", param="mlp_layer_types")
     return sum(hashed)
@@ -204,17 +223,20 @@ def _rope_dim(reader: _Reader, head_dim: int) -> int:
 
 
 def _theta(reader: _Reader, label: str, name: str, default: float) -> float:
-    nested = reader.mapping("rope_parameters").get(label)
-    if isinstance(nested, Mapping) and "rope_theta" in nested:
-        return float(nested["rope_theta"])
+    nested = _rope_parameters(reader, label)
+    if "rope_theta" in nested:
+        return _Reader(nested).number("rope_theta", default)
     return reader.number(name, default)
+
+
+def _rope_parameters(reader: _Reader, label: str) -> Mapping[str, Any]:
+    return _Reader(reader.mapping("rope_parameters")).mapping(label)
 
 
 def _yarn(reader: _Reader) -> YarnScaling | None:
     scaling = reader.mapping("rope_scaling")
     if not scaling:
-        nested = reader.mapping("rope_parameters")
-        scaling = nested.get("compress", nested)
+        scaling = _rope_parameters(reader, "compress") or reader.mapping("rope_parameters")
     if not scaling and "rope_factor" in reader.fields:  # the inference config's flat form
         scaling = {"type": "yarn", "factor": reader.fields["rope_factor"]}
         scaling["original_max_position_embeddings"] = reader.fields.get("original_seq_len")
@@ -224,15 +246,21 @@ def _yarn(reader: _Reader) -> YarnScaling | None:
         return None
     if kind != "yarn":
         raise ConfigError(f"config.json: rope_scaling type {kind!r}; only yarn is supported", param="rope_scaling")
-    try:
-        return YarnScaling(
-            factor=float(scaling["factor"]),
-            original_max_position=int(scaling["original_max_position_embeddings"]),
-            beta_fast=float(scaling.get("beta_fast", 32)),
-            beta_slow=float(scaling.get("beta_slow", 1)),
+    return _yarn_of({"beta_fast": 32, "beta_slow": 1, **scaling})
+
+
+def _yarn_of(scaling: Mapping[str, Any]) -> YarnScaling:
+    names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    wrong = [name for name in names if not _is_positive(scaling.get(name))]
+    if wrong:
+        raise ConfigError(
+            f"config.json: rope_scaling is incomplete: {wrong[0]} is {scaling.get(wrong[0])!r}, not a positive number",
+            param="rope_scaling",
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.json: rope_scaling is incomplete: {error}", param="rope_scaling") from error
+    if scaling.get("attention_factor") not in (None, 1):  # V4 scales neither cos and sin nor the softmax
+        raise ConfigError("config.json: rope_scaling: only attention_factor 1 is supported", param="rope_scaling")
+    factor, original, fast, slow = (float(scaling[name]) for name in names)
+    return YarnScaling(factor, int(original), fast, slow)
 
 
 def _eos(reader: _Reader) -> tuple[int, ...]:
@@ -248,13 +276,21 @@ def _expert_dtype(reader: _Reader) -> str:
     declared = reader.fields.get("expert_dtype") or quantization.get("expert_dtype")
     if declared not in (None, "fp4", "fp8", "bf16", "bfloat16"):
         raise ConfigError(f"config.json: expert_dtype {declared!r}; known are fp4, fp8, bf16", param="expert_dtype")
-    if not quantization:
-        return "bf16"
+    if not _is_quantized(reader):
+        return _plain_dtype(reader)
     return {"fp4": "fp4", "fp8": "fp8"}.get(declared or "fp8", "bf16")
 
 
+def _is_quantized(reader: _Reader) -> bool:
+    """The inference config has no quantization_config; its `dtype` says fp8."""
+    return bool(reader.mapping("quantization_config")) or reader.fields.get("dtype") == "fp8"
+
+
+def _plain_dtype(reader: _Reader) -> str:
+    return "fp32" if "float32" in (reader.fields.get("dtype"), reader.fields.get("torch_dtype")) else "bf16"
+
+
 def _check_dims(config: ModelConfig) -> None:
-    unit = config.unit_tokens
     rules = (
         ("o_groups", config.num_attention_heads % config.o_groups == 0, "must divide num_attention_heads"),
         (
@@ -264,7 +300,6 @@ def _check_dims(config: ModelConfig) -> None:
         ),
         ("index_head_dim", config.index_head_dim >= config.rope_dim, "must be at least qk_rope_head_dim"),
         ("num_experts_per_tok", config.experts_per_token <= config.num_experts, "must be at most n_routed_experts"),
-        ("compress_rates", unit % config.csa_ratio == 0 and unit % config.hca_ratio == 0, "must divide one unit"),
         ("hc_mult", config.hc_streams <= 16, "must be at most 16"),
     )
     for name, holds, rule in rules:

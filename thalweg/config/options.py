@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ class EngineOptions:
 
 def parse_bytes(value: int | str, name: str) -> int:
     """A byte count such as 4294967296, "4GiB" or "500 MB". Raises ConfigError naming the option."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]*)\s*", str(value), re.ASCII)
     unit = _BYTE_UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
         raise ConfigError(f"{name}: {value!r} is not a number of bytes; write for example 4GiB or 500MB", param=name)
-    return int(float(match.group(1)) * unit)
+    return int(Fraction(match.group(1)) * unit)
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -58,9 +59,11 @@ def _typed(name: str, value: Any) -> Any:
         return word in {"true", "1", "yes", "on"}
     if declared.startswith("int") and value is not None:
         try:
-            return int(value)
-        except (TypeError, ValueError):
+            return int(str(value))  # by its text: 3.5 and true are no whole numbers
+        except ValueError:
             raise ConfigError(f"{name}: {value!r} is not a whole number", param=name) from None
+    if isinstance(value, dict | list):
+        raise ConfigError(f"{name}: {value!r} is not a text", param=name)
     return value if value is None else str(value)
 
 
@@ -104,7 +107,7 @@ def load_options(
     if file is not None:
         try:
             merged |= {k.replace("-", "_"): v for k, v in tomllib.loads(file.read_text()).items()}
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"--config {file}: {error}", param="config") from error
     source = os.environ if environment is None else environment
     prefix = "THALWEG_"

@@ -78,6 +78,25 @@ def unit_bytes(groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> int:
     return sum(layout.block_bytes(s) for s in groups if s.compressed)
 
 
+def sequences_that_fit(
+    groups: tuple[CacheGroupSpec, ...],
+    layout: CacheLayout,
+    *,
+    budget_bytes: int,
+    tokens: int,
+    prefix_caching: bool = True,
+) -> int:
+    """How many sequences of `tokens` tokens a plan for that many running requests holds at once."""
+    covered = max((s.tokens_per_block for s in groups if s.compressed), default=1)
+    units = -(-tokens // covered)
+    each = request_bytes(groups, layout) + units * unit_bytes(groups, layout)
+    if not prefix_caching:
+        return budget_bytes // each
+    spacing = CHECKPOINT_SPACING_UNITS
+    checkpoints = max(2 * spacing, units) * checkpoint_bytes(groups, layout)  # of `spacing` sequences
+    return budget_bytes * spacing // (each * spacing + checkpoints)
+
+
 def plan_cache(
     groups: tuple[CacheGroupSpec, ...],
     layout: CacheLayout,
