@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint train-tiny clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# Makes the embedded model anew: about 40 minutes on one core. Progress is kept in build/train and resumed.
+train-tiny: setup
+	$(BIN)/python -m training.train --work build/train --model thalweg/data/default --out thalweg/data/default
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

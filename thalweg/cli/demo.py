@@ -9,16 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import thalweg
-from thalweg.cli.http import Client
 from thalweg.cli.progress import bar, output
 from thalweg.errors import ConfigError, UnavailableError
+from thalweg.evaluation.endpoint import Client
+from thalweg.evaluation.exam import Answer, Asking, ask, model_name
+from thalweg.evaluation.needles import needle_line, question_for
 from thalweg.text.library import library_texts
 
 if TYPE_CHECKING:
@@ -26,20 +27,8 @@ if TYPE_CHECKING:
 
 _CHARACTERS_PER_TOKEN = 3.4  # of Python source under the embedded tokenizer, rounded up
 _START_SECONDS = 120
-_QUESTIONS = ("What is the value of magic_number?", "What is the value of password?")
-_NEEDLES = {0.35: "The value of magic_number is 48213.", 0.7: "The value of password is 90257."}
+_FACTS = {0.35: ("server address", "local host"), 0.7: ("buffer size", "round number")}  # by depth: key and value
 _ANSWER_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one question cost. Seconds by this process's clock."""
-
-    text: str
-    prompt_tokens: int
-    cached_tokens: int
-    first_token_seconds: float
-    decode_tokens_per_second: float
 
 
 def demo(
@@ -53,7 +42,10 @@ def demo(
     try:
         with running_server(model) as (client, process):
             console.print(f"document: {len(document):,} characters of this Python's standard library")
-            answers = [_ask(client, document, question, console) for question in _QUESTIONS]
+            answers = [
+                _ask(client, document, question, console)
+                for question in (question_for(key) for key, _ in _FACTS.values())
+            ]
             figures = _figures(client, process, answers)
         show_figures(console, figures)
         if json_file is not None:
@@ -75,8 +67,8 @@ def read_document(tokens: int) -> str:
             break
     if size < wanted:
         raise ConfigError(f"this Python has only {size:,} characters of source, {wanted:,} are needed", param="tokens")
-    for depth, needle in sorted(_NEEDLES.items(), reverse=True):
-        lines.insert(int(depth * len(lines)), needle)
+    for depth, (key, value) in sorted(_FACTS.items(), reverse=True):
+        lines.insert(int(depth * len(lines)), needle_line(key, value).rstrip())
     return "\n".join(lines)
 
 
@@ -86,7 +78,7 @@ def running_server(model: str) -> Iterator[tuple[Client, subprocess.Popen[str]]]
     command = [sys.executable, "-m", "thalweg", "serve", model, "--port", "0", "--max-num-seqs", "4"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        yield Client("127.0.0.1", _ready_port(process)), process
+        yield Client(f"http://127.0.0.1:{_ready_port(process)}"), process
     finally:
         process.terminate()
         try:
@@ -113,42 +105,16 @@ def _ready_port(process: subprocess.Popen[str]) -> int:
 
 def _ask(client: Client, document: str, question: str, console: Console) -> Answer:
     """One chat request over the document, streamed; a bar while the prompt is read."""
-    fields = {
-        "messages": [{"role": "user", "content": f"{document}\n\n{question}"}],
-        "max_tokens": _ANSWER_TOKENS,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    begin = time.monotonic()
-    first = last = 0.0
-    text = ""
-    usage: dict[str, Any] = {}
     with bar() as progress:
         task = progress.add_task("sending the document", total=None)
-        for kind, line in client.events("/v1/chat/completions", fields):
-            if kind == "comment":
-                _show_progress(progress, task, line)
-                continue
-            chunk: dict[str, Any] = json.loads(line)
-            if "error" in chunk:
-                raise UnavailableError(chunk["error"]["message"])
-            usage = chunk.get("usage") or usage
-            if chunk["choices"]:
-                last = time.monotonic()
-                first = first or last
-                text += chunk["choices"][0]["delta"].get("content") or ""
-    output_tokens = usage["completion_tokens"]
-    speed = (output_tokens - 1) / (last - first) if last > first else float("nan")
-    console.print(f"\nQ: {question}\nA: {text}", markup=False)
-    cached = usage["prompt_tokens_details"]["cached_tokens"]
-    return Answer(text, usage["prompt_tokens"], cached, first - begin, speed)
-
-
-def _show_progress(progress: Any, task: Any, comment: str) -> None:
-    if comment.startswith("prefill "):
-        done, total = comment.removeprefix("prefill ").split("/")
-        progress.update(task, description="reading", completed=int(done), total=int(total))
+        answer = ask(
+            client,
+            Asking(model_name(client), _ANSWER_TOKENS),
+            f"{document}\n\n{question}",
+            lambda done, total: progress.update(task, description="reading", completed=done, total=total),
+        )
+    console.print(f"\nQ: {question}\nA: {answer.text}", markup=False)
+    return answer
 
 
 def _figures(client: Client, process: subprocess.Popen[str], answers: list[Answer]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import demo, generate, inspect, new_model, serve
+from thalweg.cli import demo, evaluate, generate, inspect, new_model, serve
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("new-model")(new_model.new_model)
 app.command("demo")(demo.demo)
+app.add_typer(evaluate.app, name="eval")
 
 
 def _version(wanted: bool) -> None:

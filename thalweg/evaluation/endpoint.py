@@ -1,4 +1,4 @@
-"""A small HTTP client for the command line's own use: JSON requests and server-sent events over one connection each."""
+"""A small client for OpenAI-compatible endpoints: JSON requests and server-sent events, one connection each."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import http.client
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
-from thalweg.errors import UnavailableError
+from thalweg.errors import ConfigError, UnavailableError
 
-_TIMEOUT_SECONDS = 60  # between two bytes: the server sends a keep-alive every 5 s
+# Between two bytes. Our own server sends a comment every 5 s; others are silent while they read a long prompt.
+_TIMEOUT_SECONDS = 3600
 
 
 class Client:
-    """Talks to one server on a host and port."""
+    """Talks to one server. `url` is where it listens, with or without the final /v1."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host = host
-        self._port = port
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"{url!r}: {error}", param="url") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url!r} is no address such as http://127.0.0.1:8000", param="url")
+        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, port
+        self._prefix = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
 
     def get(self, path: str) -> str:
         """The body of a GET; UnavailableError for anything but 200."""
@@ -33,7 +45,7 @@ class Client:
         try:
             response = connection.getresponse()
             if response.status != http.client.OK:
-                raise UnavailableError(f"POST {path}: {response.status} {response.read().decode()}")
+                raise UnavailableError(f"POST {path}: {response.status} {response.read().decode('utf-8', 'replace')}")
             while line := response.readline().decode("utf-8"):
                 text = line.strip()
                 if text == "data: [DONE]":
@@ -57,11 +69,12 @@ class Client:
         return body
 
     def _send(self, method: str, path: str, fields: dict[str, Any] | None) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_SECONDS)
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=_TIMEOUT_SECONDS)
         body = None if fields is None else json.dumps(fields).encode("utf-8")
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
+            connection.request(method, self._prefix + path, body, self._headers)
         except OSError as error:
             connection.close()
-            raise UnavailableError(f"{self._host}:{self._port} does not answer: {error}") from error
+            raise UnavailableError(f"{self._host}:{connection.port} does not answer: {error}") from error
         return connection
