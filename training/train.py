@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a directory with config.json and the tokenizer")
     parser.add_argument("--out", type=Path, default=None, help="a directory whose model.safetensors is replaced")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)

@@ -49,7 +49,7 @@ def demo(
             figures = _figures(client, process, answers)
         show_figures(console, figures)
         if json_file is not None:
-            json_file.write_text(json.dumps(figures | _machine(), indent=2) + "\n")
+            json_file.write_text(json.dumps(figures | machine_facts(), indent=2) + "\n")
     except KeyboardInterrupt:
         console.print("stopped")
         sys.exit(130)
@@ -113,8 +113,12 @@ def _ask(client: Client, document: str, question: str, console: Console) -> Answ
             f"{document}\n\n{question}",
             lambda done, total: progress.update(task, description="reading", completed=done, total=total),
         )
-    console.print(f"\nQ: {question}\nA: {answer.text}", markup=False)
+    show_answer(console, question, answer.text)
     return answer
+
+
+def show_answer(console: Console, question: str, answer: str) -> None:
+    console.print(f"\nQ: {question}\nA: {answer}", markup=False)
 
 
 def _figures(client: Client, process: subprocess.Popen[str], answers: list[Answer]) -> dict[str, Any]:
@@ -131,11 +135,14 @@ def _figures(client: Client, process: subprocess.Popen[str], answers: list[Answe
         "decode_tokens_per_second": [cold.decode_tokens_per_second, warm.decode_tokens_per_second],
         "cache_bytes": _cache_bytes(client.get("/metrics")),
         "resident_bytes": psutil.Process(process.pid).memory_info().rss,
-        "answers": [cold.text, warm.text],
+        "answers": [
+            {"question": question_for(key), "expected": value, "answer": answer.text}
+            for (key, value), answer in zip(_FACTS.values(), answers, strict=True)
+        ],
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     """Where the figures come from."""
     import psutil
     import torch
@@ -158,7 +165,9 @@ def show_figures(console: Console, figures: dict[str, Any]) -> None:
 
     table = Table("figure", "value", title="one real run", title_justify="left", box=SIMPLE_HEAD)
     warm = f"{figures['warm_ttft_seconds']:,.2f} s ({figures['warm_cached_tokens']:,} tokens from the cache)"
+    right = sum(answer["answer"].strip() == answer["expected"] for answer in figures["answers"])
     for name, value in (
+        ("right answers", f"{right} of {len(figures['answers'])}"),
         ("context tokens", f"{figures['context_tokens']:,}"),
         ("time to first token, cold", f"{figures['cold_ttft_seconds']:,.2f} s"),
         ("prefill", f"{figures['prefill_tokens_per_second']:,.0f} tokens/s"),

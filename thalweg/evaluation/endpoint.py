@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ class Client:
     """Talks to one server. `url` is where it listens, with or without the final /v1."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
+        self.url = url
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
             port = parts.port
@@ -33,20 +35,13 @@ class Client:
 
     def get(self, path: str) -> str:
         """The body of a GET; UnavailableError for anything but 200."""
-        return self._text("GET", path, None)
-
-    def post(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """The JSON answer of a POST."""
-        return dict(json.loads(self._text("POST", path, fields)))
+        with self._response("GET", path, None) as response:
+            return response.read().decode("utf-8", "replace")
 
     def events(self, path: str, fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """(kind, text) of a streamed answer: `data` lines and `comment` lines, up to [DONE]."""
-        connection = self._send("POST", path, fields)
-        try:
-            response = connection.getresponse()
-            if response.status != http.client.OK:
-                raise UnavailableError(f"POST {path}: {response.status} {response.read().decode('utf-8', 'replace')}")
-            while line := response.readline().decode("utf-8"):
+        with self._response("POST", path, fields) as response:
+            while line := response.readline().decode("utf-8", "replace"):
                 text = line.strip()
                 if text == "data: [DONE]":
                     return
@@ -54,27 +49,22 @@ class Client:
                     yield "data", text[len("data: ") :]
                 elif text.startswith(":"):
                     yield "comment", text[1:].strip()
-        finally:
-            connection.close()
+        raise UnavailableError(f"{self.url} ended a stream before [DONE]")
 
-    def _text(self, method: str, path: str, fields: dict[str, Any] | None) -> str:
-        connection = self._send(method, path, fields)
-        try:
-            response = connection.getresponse()
-            body = response.read().decode("utf-8")
-        finally:
-            connection.close()
-        if response.status != http.client.OK:
-            raise UnavailableError(f"{method} {path}: {response.status} {body}")
-        return body
-
-    def _send(self, method: str, path: str, fields: dict[str, Any] | None) -> http.client.HTTPConnection:
+    @contextmanager
+    def _response(self, method: str, path: str, fields: dict[str, Any] | None) -> Iterator[http.client.HTTPResponse]:
+        """An answer with status 200; everything else is an UnavailableError with what the endpoint said."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=_TIMEOUT_SECONDS)
         body = None if fields is None else json.dumps(fields).encode("utf-8")
         try:
             connection.request(method, self._prefix + path, body, self._headers)
-        except OSError as error:
+            response = connection.getresponse()
+            if response.status != http.client.OK:
+                said = response.read().decode("utf-8", "replace").strip()
+                raise UnavailableError(f"{method} {path}: {response.status} {said}")
+            yield response
+        except (OSError, http.client.HTTPException) as error:
+            raise UnavailableError(f"{self.url} does not answer: {error!r}") from error
+        finally:
             connection.close()
-            raise UnavailableError(f"{self._host}:{connection.port} does not answer: {error}") from error
-        return connection

@@ -62,7 +62,7 @@ def ask(client: Client, how: Asking, message: str, progress: Progress = lambda d
                 done, total = line.removeprefix("prefill ").split("/")
                 progress(int(done), int(total))
             continue
-        chunk: dict[str, Any] = json.loads(line)
+        chunk = _chunk(line)
         if "error" in chunk:
             raise UnavailableError(str(chunk["error"].get("message", chunk["error"])))
         usage = chunk.get("usage") or usage
@@ -74,6 +74,13 @@ def ask(client: Client, how: Asking, message: str, progress: Progress = lambda d
     speed = (completed - 1) / (last - first) if last > first and completed > 1 else float("nan")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return Answer(text, usage.get("prompt_tokens", 0), cached, completed, first - begin, speed)
+
+
+def _chunk(line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise UnavailableError(f"the endpoint streamed {line[:80]!r}, which is no JSON object") from error
 
 
 def model_name(client: Client) -> str:
