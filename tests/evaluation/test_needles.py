@@ -63,6 +63,13 @@ def test_all_alignments_and_depths_are_asked_equally_often(examiner: Examiner) -
     assert np.bincount(at * 8 // 65536, minlength=8).min() >= 6
 
 
+@pytest.mark.parametrize("context", [700, 1024, 4096])
+def test_short_documents_have_every_alignment_too(examiner: Examiner, context: int) -> None:
+    for seed in range(20):
+        exam = examiner.exam(Spec(Task.SINGLE, context, ANSWER), (seed,), 8)
+        assert np.bincount([question.at % 4 for question in exam.questions], minlength=4).tolist() == [2] * 4
+
+
 @pytest.mark.parametrize("context", [4096, 16384])
 def test_edges_are_where_they_say(examiner: Examiner, tokenizer: Tokenizer, context: int) -> None:
     spec = Spec(Task.SINGLE, context, ANSWER, Placing.EDGES)

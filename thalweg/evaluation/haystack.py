@@ -17,6 +17,7 @@ from thalweg.text.tokenizer import Tokenizer
 
 ENTRY = 4  # tokens per CSA entry
 _FILES = 16  # encoded at once
+_LEAST_GAP = 2 * ENTRY  # tokens of text that let a line have any alignment
 _SEARCH_TOKENS = 256  # how far a line may move to a natural line start with its alignment
 
 
@@ -94,12 +95,11 @@ class Haystack:
         places = [0] * len(lines)
         done = 0
         spare = tokens - 1 - sum(map(len, encoded))  # text that can go before lines; a token stays for the end
-        for which in sorted(range(len(lines)), key=lambda i: lines[i].at):
+        for left, which in reversed(list(enumerate(sorted(range(len(lines)), key=lambda i: -lines[i].at)))):
             line = lines[which]
-            gap = line.at - self._head - len(ids)
-            if gap < 0:  # an earlier line went further than it should
-                gap = 0 if line.exact else gap % ENTRY
-            upto, pad = _place(filler.line_starts, done, (min(gap, spare), spare), exact=line.exact)
+            most = spare if line.exact else max(0, spare - _LEAST_GAP * left)  # so that later lines find their place
+            gap = _gap(line.at - self._head - len(ids), most, exact=line.exact)
+            upto, pad = _place(filler.line_starts, done, (gap, most), exact=line.exact)
             spare -= upto - done + pad
             ids += filler.ids[done:upto].tolist() + self._pad(pad, ends=True)
             places[which] = self._head + len(ids)
@@ -136,6 +136,16 @@ class Haystack:
         fitting = filler.line_starts[(filler.line_starts >= done) & (filler.line_starts < done + count)]
         upto = int(fitting[-1]) if len(fitting) else done
         return [*filler.ids[done:upto].tolist(), *self._pad(count - (upto - done), ends=False)]
+
+
+def _gap(wanted: int, most: int, *, exact: bool) -> int:
+    """Tokens to put before a line: `wanted`, or the nearest possible with the same remainder modulo ENTRY."""
+    if exact:
+        return min(max(0, wanted), most)
+    gap = wanted if wanted >= 0 else wanted % ENTRY  # an earlier line went further than it should
+    if gap == 1:  # a line of one token would be blank
+        gap += ENTRY
+    return gap if gap <= most else max(0, most - (most - gap) % ENTRY)
 
 
 def _place(starts: np.ndarray, done: int, gaps: tuple[int, int], *, exact: bool) -> tuple[int, int]:

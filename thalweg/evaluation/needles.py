@@ -109,10 +109,11 @@ class Examiner:
         self._overhead = len(empty) - 1
 
     def per_document(self, spec: Spec) -> int:
-        """Questions that share a document: their facts are at most a quarter of it."""
+        """Questions that share a document: their facts fill at most a quarter of it and half of its edges."""
         tokens = len(self._tokenizer.encode_text(needle_line("data data", "data data")))
         lines = {Task.MULTI_VALUE: _VALUES, Task.CHAIN: 1 + _HOPS}.get(spec.task, 1)
-        return min(_MOST_PER_DOCUMENT, max(1, spec.context // (4 * tokens * lines)))
+        room = max(4 * tokens * lines, 2 * _UNIT if spec.placing is Placing.EDGES else 0)
+        return min(_MOST_PER_DOCUMENT, max(1, spec.context // room))
 
     def exam(self, spec: Spec, seed: tuple[int, ...], count: int) -> Exam:
         """`count` questions on one document. Raises ConfigError where they do not fit into the context."""
