@@ -31,6 +31,9 @@ class MissReason(StrEnum):
     DIVERGED = "diverged"  # other tokens from `divergence_token` on
     EVICTED = "evicted"  # the rows were here and gave way to others
     NO_CHECKPOINT = "no-checkpoint"  # compressed rows match further than the last checkpoint
+    TENANT = "tenant"  # the same key has these tokens under another cache_salt
+    WEIGHTS = "weights"  # the disk tier has these tokens, computed by another model or numerics
+    LOAD_FAILED = "load-failed"  # rows of a lower tier could not be read, or were damaged
     DISABLED = "disabled"  # prefix caching is off
 
 
@@ -86,15 +89,39 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheReport:
+    """Where the tokens of a prompt came from, and why no more of them were cached.
+
+    cached_tokens + replayed_tokens + tokens computed for the first time = prompt_tokens. Replayed tokens are computed
+    again, to rebuild the window state at the end of the cached rows.
+    """
+
+    device_tokens: int = 0
+    host_tokens: int = 0
+    disk_tokens: int = 0
+    replayed_tokens: int = 0
+    reason: MissReason = MissReason.NONE
+    divergence_token: int | None = None
+    approximation: str | None = None  # the window policy, where it makes the answer an approximate one
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed; also where computing begins."""
+        return self.device_tokens + self.host_tokens + self.disk_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a request cost. prompt_tokens = cached_tokens + computed prompt tokens."""
 
     prompt_tokens: int
     output_tokens: int
-    cached_tokens: int
-    miss_reason: MissReason = MissReason.NONE
-    divergence_token: int | None = None
+    cache: CacheReport
     preemptions: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.cache.cached_tokens
 
 
 @dataclass(frozen=True, slots=True)

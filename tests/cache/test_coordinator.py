@@ -50,9 +50,9 @@ def test_the_same_prompt_again_is_cached_up_to_its_last_unit(length: int, chunk:
     first = run(coordinator, tokens, chunk=chunk)
     again = run(coordinator, tokens, chunk=chunk)
     reusable = (length - 1) // UNIT * UNIT
-    assert first.attachment.cached_tokens == 0
-    assert again.attachment.cached_tokens == reusable
-    assert again.attachment.miss_reason is (MissReason.NONE if reusable else MissReason.TOO_SHORT)
+    assert first.report.cached_tokens == 0
+    assert again.report.cached_tokens == reusable
+    assert again.report.reason is (MissReason.NONE if reusable else MissReason.TOO_SHORT)
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,12 +64,12 @@ def test_everything_written_is_found(config: ModelConfig, length: int, extra: in
     tokens = tokens_of(1, length)
     run(coordinator, tokens, chunk=chunk)
     longer = np.concatenate([tokens, tokens_of(2, extra)])
-    assert run(coordinator, longer, chunk=chunk).attachment.cached_tokens == length // UNIT * UNIT
+    assert run(coordinator, longer, chunk=chunk).report.cached_tokens == length // UNIT * UNIT
     cut = min(cut, len(longer) - 1)
     branch = np.concatenate([longer[:cut], [99], tokens_of(3, 200)]).astype(np.int32)
     run(coordinator, branch, chunk=chunk)
     other = np.concatenate([longer[:cut], [98], tokens_of(4, 200)]).astype(np.int32)
-    found = run(coordinator, other, chunk=chunk).attachment
+    found = run(coordinator, other, chunk=chunk).report
     assert found.cached_tokens == cut // UNIT * UNIT
 
 
@@ -87,20 +87,20 @@ def test_probing_changes_nothing() -> None:
 def test_reasons() -> None:
     coordinator = coordinator_of(MODEL, 12, 4, interval=0)
     tokens = tokens_of(0, 600)
-    assert run(coordinator, tokens).attachment.miss_reason is MissReason.COLD
+    assert run(coordinator, tokens).report.reason is MissReason.COLD
     diverging = tokens.copy()
     diverging[300] = 77
-    attachment = run(coordinator, diverging).attachment
-    assert (attachment.miss_reason, attachment.divergence_token) == (MissReason.NO_CHECKPOINT, 300)
+    report = run(coordinator, diverging).report
+    assert (report.reason, report.divergence_token) == (MissReason.NO_CHECKPOINT, 300)
     diverging[301] = 78
-    attachment = run(coordinator, diverging).attachment
-    assert (attachment.miss_reason, attachment.cached_tokens) == (MissReason.DIVERGED, 256)
-    assert attachment.divergence_token == 301
-    other = run(coordinator, tokens, b"other tenant").attachment
-    assert (other.miss_reason, other.cached_tokens) == (MissReason.COLD, 0)
+    report = run(coordinator, diverging).report
+    assert (report.reason, report.cached_tokens) == (MissReason.DIVERGED, 256)
+    assert report.divergence_token == 301
+    other = run(coordinator, tokens, b"other tenant").report
+    assert (other.reason, other.cached_tokens) == (MissReason.COLD, 0)
     off = coordinator_of(MODEL, 12, 4, caching=False)
     run(off, tokens)
-    assert run(off, tokens).attachment.miss_reason is MissReason.DISABLED
+    assert run(off, tokens).report.reason is MissReason.DISABLED
 
 
 def test_an_evicted_prefix_says_so() -> None:
@@ -108,8 +108,8 @@ def test_an_evicted_prefix_says_so() -> None:
     first = tokens_of(0, 600)
     run(coordinator, first)
     run(coordinator, tokens_of(1, 600))
-    attachment = run(coordinator, first).attachment
-    assert attachment.miss_reason is MissReason.EVICTED
+    report = run(coordinator, first).report
+    assert report.reason is MissReason.EVICTED
     assert coordinator.evicted_units > 0
 
 
@@ -119,7 +119,7 @@ def test_prompts_that_fill_the_cache_hit_when_replayed() -> None:
     prompts = [tokens_of(i, 9 * UNIT) for i in range(10)]
     for prompt in prompts:
         run(coordinator, prompt)
-    hits = sum(run(coordinator, prompt).attachment.cached_tokens for prompt in prompts)
+    hits = sum(run(coordinator, prompt).report.cached_tokens for prompt in prompts)
     assert hits >= 0.95 * sum((len(p) - 1) // UNIT * UNIT for p in prompts)
     assert coordinator.evicted_units == 0
 
@@ -155,7 +155,7 @@ def test_reset_forgets_but_keeps_what_runs() -> None:
     coordinator.release(running, keep_state=True)
     coordinator.check()
     assert all(pool.free_blocks == pool.total_blocks for pool in coordinator.pools.values())
-    assert run(coordinator, tokens).attachment.cached_tokens == 0
+    assert run(coordinator, tokens).report.cached_tokens == 0
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -14,24 +14,15 @@ from thalweg.cache.policy import CheckpointPolicy
 from thalweg.cache.pool import BlockPool
 from thalweg.cache.prefix_index import Blocks, Match, PrefixIndex, UnitNode
 from thalweg.cache.tables import GrowingTable, SlidingTable
-from thalweg.types import MissReason, TokenArray
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """What the prefix index gave to one request, and why it did not give more."""
-
-    cached_tokens: int
-    miss_reason: MissReason
-    divergence_token: int | None
+from thalweg.types import CacheReport, MissReason, TokenArray
 
 
 class SequenceCache:
     """The blocks that one running request holds. Tokens below `computed_tokens` are in them."""
 
-    def __init__(self, attachment: Attachment, node: UnitNode | None, chosen: frozenset[int], target: int) -> None:
-        self.attachment = attachment
-        self.computed_tokens = attachment.cached_tokens
+    def __init__(self, report: CacheReport, node: UnitNode | None, chosen: frozenset[int], target: int) -> None:
+        self.report = report
+        self.computed_tokens = report.cached_tokens
         self.target_tokens = target  # tokens known at admission: room for them is promised
         self.growing: dict[Group, GrowingTable] = {}
         self.sliding: dict[Group, SlidingTable] = {}
@@ -94,14 +85,15 @@ class Coordinator:
         unit = self.policy.unit_tokens
         divergence = len(match.path) * unit if len(match.path) > match.resume else 0
         chosen = self.policy.of_prompt(len(tokens), hints, divergence)
-        attachment = Attachment(match.resume * unit, *self._explain(match, len(tokens), namespace))
+        reason, divergence_token = self._explain(match, len(tokens), namespace)
+        report = CacheReport(match.resume * unit, reason=reason, divergence_token=divergence_token)
         attached = match.path[: match.resume]
         node = None
         if self.prefix_caching:
             node = attached[-1] if attached else self.index.root(namespace)
             self.index.pin(node)
             self.index.touch(match.path)
-        cache = SequenceCache(attachment, node, chosen, len(tokens))
+        cache = SequenceCache(report, node, chosen, len(tokens))
         self._share(cache, attached)
         self._running.add(cache)
         return cache

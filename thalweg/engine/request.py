@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thalweg.cache.coordinator import Attachment, SequenceCache
-from thalweg.types import Event, FinishReason, GenerateRequest, MissReason, SampledToken, TokenArray, Usage
+from thalweg.cache.coordinator import SequenceCache
+from thalweg.types import CacheReport, Event, FinishReason, GenerateRequest, MissReason, SampledToken, TokenArray, Usage
 
 Listener = Callable[[Event], None]
 
@@ -22,7 +22,7 @@ class Sequence:
         self.max_output_tokens = max_output_tokens
         self.arrived = arrived
         self.preemptions = 0
-        self.first_attachment: Attachment | None = None
+        self.cache_report = CacheReport(reason=MissReason.COLD)
         self._tokens = np.array(request.prompt, np.int32)
         self._count = len(request.prompt)
 
@@ -63,15 +63,7 @@ class Sequence:
 
     def usage(self) -> Usage:
         """The bill so far. What was cached is what the first admission found: recomputing is our cost, not theirs."""
-        first = self.first_attachment
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-            cached_tokens=first.cached_tokens if first else 0,
-            miss_reason=first.miss_reason if first else MissReason.COLD,
-            divergence_token=first.divergence_token if first else None,
-            preemptions=self.preemptions,
-        )
+        return Usage(self.prompt_tokens, self.output_tokens, self.cache_report, self.preemptions)
 
 
 @dataclass(slots=True)

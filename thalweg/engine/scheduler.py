@@ -72,8 +72,8 @@ class Scheduler:
             if cache is None:
                 return
             self.waiting.popleft()
-            if sequence.first_attachment is None:
-                sequence.first_attachment = cache.attachment
+            if not sequence.preemptions:
+                sequence.cache_report = cache.report
             self.running.append(Running(sequence, cache))
 
     def _reserve(self, running: Running, tokens: int, planned: dict[int, SequencePlan]) -> None:

@@ -166,7 +166,7 @@ class Generation:
         self._metrics.finished(
             FinishedRequest(
                 reason=reason.value,
-                miss_reason=usage.miss_reason.value,
+                miss_reason=usage.cache.reason.value,
                 prompt_tokens=usage.prompt_tokens,
                 output_tokens=usage.output_tokens,
                 cached_tokens=usage.cached_tokens,
