@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.cache.shapes import MODEL, configs, coordinator_of, free_blocks
-from thalweg.cache.coordinator import Coordinator, SequenceCache
+from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import Group
+from thalweg.cache.prefix_index import Namespace
+from thalweg.cache.sequence import SequenceCache
 from thalweg.config.model import ModelConfig
 from thalweg.types import MissReason, TokenArray
 
 UNIT = 128
-SPACE = b"space"
+SPACE = Namespace(b"space")
 
 
 def tokens_of(seed: int, count: int) -> TokenArray:
@@ -33,7 +35,7 @@ def compute(coordinator: Coordinator, cache: SequenceCache, tokens: TokenArray, 
     return True
 
 
-def run(coordinator: Coordinator, tokens: TokenArray, space: bytes = SPACE, chunk: int = 100) -> SequenceCache:
+def run(coordinator: Coordinator, tokens: TokenArray, space: Namespace = SPACE, chunk: int = 100) -> SequenceCache:
     """One whole request, from attach to release; returns its cache state for the record of what was attached."""
     cache = coordinator.attach(tokens, space)
     assert cache is not None and compute(coordinator, cache, tokens, chunk)
@@ -80,7 +82,7 @@ def test_probing_changes_nothing() -> None:
     before = (free_blocks(coordinator), [n.used for n in coordinator.index.units()])
     for length in (1, 128, 400, 600):
         coordinator.probe(tokens[:length], SPACE)
-        coordinator.probe(tokens[:length], b"other")
+        coordinator.probe(tokens[:length], Namespace(b"other"))
     assert (free_blocks(coordinator), [n.used for n in coordinator.index.units()]) == before
 
 
@@ -96,7 +98,9 @@ def test_reasons() -> None:
     report = run(coordinator, diverging).report
     assert (report.reason, report.cached_tokens) == (MissReason.DIVERGED, 256)
     assert report.divergence_token == 301
-    other = run(coordinator, tokens, b"other tenant").report
+    other = run(coordinator, tokens, Namespace(b"other salt")).report
+    assert (other.reason, other.cached_tokens) == (MissReason.TENANT, 0)
+    other = run(coordinator, tokens, Namespace(b"other tenant", tenant=b"other")).report
     assert (other.reason, other.cached_tokens) == (MissReason.COLD, 0)
     off = coordinator_of(MODEL, 12, 4, caching=False)
     run(off, tokens)
@@ -176,9 +180,9 @@ class CacheMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2),
         length=st.integers(1, 700),
         branch=st.integers(0, 700),
-        space=st.sampled_from([b"a", b"b"]),
+        space=st.sampled_from([Namespace(b"a"), Namespace(b"b")]),
     )
-    def attach(self, seed: int, length: int, branch: int, space: bytes) -> None:
+    def attach(self, seed: int, length: int, branch: int, space: Namespace) -> None:
         tokens = tokens_of(0, length)
         if branch < length:
             tokens[branch:] = tokens_of(10 + seed, length - branch)

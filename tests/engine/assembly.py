@@ -13,6 +13,7 @@ import torch
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import cache_groups
 from thalweg.cache.policy import CheckpointPolicy
+from thalweg.cache.prefix_index import Namespace
 from thalweg.checkpoint.random_model import random_parameters
 from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.batch import BatchBuilder
@@ -71,7 +72,7 @@ def engine_of(fields: dict[str, Any], runner: Runner, plan: CachePlan, shape: Sh
     policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval)
     coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
     limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
-    scheduler = Scheduler(coordinator, limits, lambda sequence: sequence.request.cache_salt.encode())
+    scheduler = Scheduler(coordinator, limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
     engine_limits = EngineLimits(1 << 20, plan.token_capacity, config.vocab_size, 64, (EOS,))
     engine = Engine(scheduler, runner, engine_limits)
     engine.start()

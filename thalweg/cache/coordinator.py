@@ -1,41 +1,27 @@
 """The cache as the scheduler sees it: attach a prefix, reserve room for a step, commit it, release.
 
 All groups move together: a prefix is attached for every group at one resume point or not at all, and a step's blocks
-are reserved in every pool or in none.
+are reserved in every pool or in none. Lower tiers see blocks through `hold_rows`, `begin_load` and `restore`: whatever
+is being copied is held like a running request's blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thalweg.cache.geometry import CacheGroupSpec, Group
-from thalweg.cache.policy import CheckpointPolicy
+from thalweg.cache.policy import CheckpointPolicy, CheckpointReason, Resume
 from thalweg.cache.pool import BlockPool
-from thalweg.cache.prefix_index import Blocks, Match, PrefixIndex, UnitNode
+from thalweg.cache.prefix_index import Blocks, Match, Namespace, PrefixIndex, UnitNode
+from thalweg.cache.sequence import SequenceCache, Snapshot
 from thalweg.cache.tables import GrowingTable, SlidingTable
 from thalweg.types import CacheReport, MissReason, TokenArray
 
-
-class SequenceCache:
-    """The blocks that one running request holds. Tokens below `computed_tokens` are in them."""
-
-    def __init__(self, report: CacheReport, node: UnitNode | None, chosen: frozenset[int], target: int) -> None:
-        self.report = report
-        self.computed_tokens = report.cached_tokens
-        self.target_tokens = target  # tokens known at admission: room for them is promised
-        self.growing: dict[Group, GrowingTable] = {}
-        self.sliding: dict[Group, SlidingTable] = {}
-        self.node = node  # the unit of the index this request stands on; None where it does not publish
-        self.chosen = chosen
-        self.planned: tuple[int, ...] = ()  # checkpoints that the step under way will keep
-
-    def blocks(self) -> Iterator[tuple[Group, int]]:
-        """Every block held, with its group."""
-        for group, growing in self.growing.items():
-            yield from ((group, block) for block in growing.blocks())
-        for group, sliding in self.sliding.items():
-            yield from ((group, block) for block in sliding.blocks())
+Held = tuple[tuple[Group, int], ...]
+_NO_MATCH = Match((), 0, 0, False)
+_FRESH_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,70 +51,110 @@ class Coordinator:
         self.prefix_caching = prefix_caching
         self.pools = {spec.group: BlockPool(pool_blocks[spec.group]) for spec in groups}
         self.index = PrefixIndex(policy.unit_tokens)
+        self.fresh_checkpoints: deque[UnitNode] = deque(maxlen=_FRESH_KEPT)  # made since somebody last took them
+        self.checkpoints_made: Counter[CheckpointReason] = Counter()
+        self.evicted: Counter[Group] = Counter()  # blocks, by the group that needed room
+        self.evicted_units = 0
+        self.evicted_checkpoints = 0
         self._compressed = tuple(s for s in groups if s.compressed)
         self._sliding = tuple(s for s in groups if not s.compressed)
         self._running: set[SequenceCache] = set()
-        self.evicted_units = 0
-        self.evicted_checkpoints = 0
+        self._held: Counter[tuple[Group, int]] = Counter()
 
     # -- attaching --------------------------------------------------------------------------------------------
 
-    def probe(self, tokens: TokenArray, namespace: bytes) -> Match:
+    def probe(self, tokens: TokenArray, namespace: Namespace) -> Match:
         """How far `tokens` is cached. Changes nothing. At least one token is always left to compute."""
-        return self.index.match(namespace, tokens, (len(tokens) - 1) // self.policy.unit_tokens)
+        if not self.prefix_caching:
+            return _NO_MATCH
+        return self.index.match(namespace, tokens, self.reusable_units(len(tokens)))
 
-    def attach(self, tokens: TokenArray, namespace: bytes, hints: Iterable[int] = ()) -> SequenceCache | None:
-        """Start a request on its longest resumable prefix, or None if the pools cannot promise room for its tokens."""
-        match = self.probe(tokens, namespace) if self.prefix_caching else Match((), 0, 0, False)
-        if not self._room_for(match, len(tokens)):
+    def reusable_units(self, tokens: int) -> int:
+        """Units of a prompt that may come from a cache."""
+        return (tokens - 1) // self.policy.unit_tokens
+
+    def attach(
+        self, tokens: TokenArray, namespace: Namespace, hints: Iterable[int] = (), *, reuse: bool = True
+    ) -> SequenceCache | None:
+        """Start a request where least is left to compute, or None if the pools cannot promise room for its tokens.
+
+        Without `reuse` it computes everything and publishes nothing.
+        """
+        caching = reuse and self.prefix_caching
+        match = self.probe(tokens, namespace) if caching else _NO_MATCH
+        resume = self.policy.resume(len(match.path), match.resume)
+        attached = match.path[: resume.units]
+        if not self._room_for(attached, len(tokens)):
             return None
         unit = self.policy.unit_tokens
         divergence = len(match.path) * unit if len(match.path) > match.resume else 0
         chosen = self.policy.of_prompt(len(tokens), hints, divergence)
-        reason, divergence_token = self._explain(match, len(tokens), namespace)
-        report = CacheReport(match.resume * unit, reason=reason, divergence_token=divergence_token)
-        attached = match.path[: match.resume]
+        reason, divergence_token = self._explain(match, tokens, namespace, caching)
+        reused = resume.start or resume.replayed
+        report = CacheReport(
+            resume.start,
+            replayed_tokens=resume.replayed,
+            reason=reason,
+            divergence_token=divergence_token,
+            approximation=self.policy.approximation if reused else None,
+        )
         node = None
-        if self.prefix_caching:
+        if caching:
             node = attached[-1] if attached else self.index.root(namespace)
-            self.index.pin(node)
             self.index.touch(match.path)
-        cache = SequenceCache(report, node, chosen, len(tokens))
-        self._share(cache, attached)
-        self._running.add(cache)
+        cache = self._start(report, resume, node, chosen, attached, len(tokens))
+        if attached and not resume.replayed:
+            self._share_checkpoint(cache, attached[-1])
         return cache
 
-    def _share(self, cache: SequenceCache, attached: tuple[UnitNode, ...]) -> None:
-        """Give a new request the rows of the attached units and the checkpoint of the last of them."""
+    def _start(
+        self,
+        report: CacheReport,
+        resume: Resume,
+        node: UnitNode | None,
+        chosen: Mapping[int, CheckpointReason],
+        attached: Sequence[UnitNode],
+        target: int,
+    ) -> SequenceCache:
+        """A running request that holds the rows of the attached units."""
+        rows_from = len(attached) * self.policy.unit_tokens
+        cache = SequenceCache(report, resume, node, chosen, rows_from=rows_from, target_tokens=target)
+        if node is not None:
+            self.index.pin(node)
         for spec in self._compressed:
             table = cache.growing[spec.group] = GrowingTable()
             for unit_node in attached:
                 table.append(self.pools[spec.group].share(unit_node.blocks[spec.group]))
         for spec in self._sliding:
-            sliding = cache.sliding[spec.group] = SlidingTable()
-            if attached:
-                checkpoint = attached[-1].checkpoint
-                assert checkpoint is not None, "resumed at a unit without a checkpoint"
-                numbers = self._checkpoint_numbers(spec, cache.computed_tokens)
-                for number, block in zip(numbers, checkpoint[spec.group], strict=True):
-                    sliding.put(number, self.pools[spec.group].share(block))
+            cache.sliding[spec.group] = SlidingTable()
+        self._running.add(cache)
+        return cache
 
-    def _room_for(self, match: Match, tokens: int) -> bool:
+    def _share_checkpoint(self, cache: SequenceCache, node: UnitNode) -> None:
+        assert node.checkpoint is not None, "resumed at a unit without a checkpoint"
+        for spec in self._sliding:
+            numbers = self.checkpoint_numbers(spec, cache.computed_tokens)
+            for number, block in zip(numbers, node.checkpoint[spec.group], strict=True):
+                cache.sliding[spec.group].put(number, self.pools[spec.group].share(block))
+
+    def _room_for(self, attached: Sequence[UnitNode], tokens: int) -> bool:
         """True if every known token of this request fits beside what running requests were promised."""
         for spec in self._compressed:
             pool = self.pools[spec.group]
             promised = sum(
                 max(0, -(-c.target_tokens // spec.tokens_per_block) - len(c.growing[spec.group])) for c in self._running
             )
-            attached = [node.blocks[spec.group] for node in match.path[: match.resume]]
-            idle = pool.idle_blocks - sum(pool.is_idle(block) for block in attached)
-            if -(-tokens // spec.tokens_per_block) - len(attached) > pool.free_blocks + idle - promised:
+            shared = [node.blocks[spec.group] for node in attached]
+            idle = pool.idle_blocks - sum(pool.is_idle(block) for block in shared)
+            if -(-tokens // spec.tokens_per_block) - len(shared) > pool.free_blocks + idle - promised:
                 return False
         return True
 
-    def _explain(self, match: Match, tokens: int, namespace: bytes) -> tuple[MissReason, int | None]:
-        limit = (tokens - 1) // self.policy.unit_tokens
-        if not self.prefix_caching:
+    def _explain(
+        self, match: Match, tokens: TokenArray, namespace: Namespace, caching: bool
+    ) -> tuple[MissReason, int | None]:
+        limit = self.reusable_units(len(tokens))
+        if not caching:
             return MissReason.DISABLED, None
         if limit == 0:
             return MissReason.TOO_SHORT, None
@@ -138,22 +164,101 @@ class Coordinator:
             return MissReason.EVICTED, None
         if len(match.path) > match.resume:
             return MissReason.NO_CHECKPOINT, match.common_tokens
-        last = match.path[-1] if match.path else self.index.root(namespace)
-        if not last.children:
-            return (MissReason.NONE if match.path else MissReason.COLD), None
-        return MissReason.DIVERGED, match.common_tokens
+        if match.path:
+            return (MissReason.DIVERGED, match.common_tokens) if match.path[-1].children else (MissReason.NONE, None)
+        if self.index.under_other_salt(namespace, tokens):
+            return MissReason.TENANT, None
+        known = self.index.root(namespace).children
+        return (MissReason.DIVERGED, match.common_tokens) if known else (MissReason.COLD, None)
 
-    # -- steps ------------------------------------------------------------------------------------------------
+    # -- lower tiers ------------------------------------------------------------------------------------------
 
-    def reserve(self, cache: SequenceCache, end: int) -> bool:
-        """Blocks for computing tokens up to `end`: in all pools, or in none and False. May evict idle blocks."""
-        planned = self.policy.wanted(cache.chosen, cache.computed_tokens, end) if cache.node is not None else ()
-        wanted = self._wanted(cache, end, planned)
+    def begin_load(
+        self, tokens: TokenArray, namespace: Namespace, units: int, *, checkpoint: bool
+    ) -> SequenceCache | None:
+        """Blocks for the rows of the first `units` units that are not here, and for the checkpoint after them.
+
+        The result counts as a running request until `finish_load`. None if the pools cannot promise room for the
+        request's tokens.
+        """
+        path = self.probe(tokens, namespace).path[:units]
+        if not self._room_for(path, len(tokens)):
+            return None
+        unit = self.policy.unit_tokens
+        node = path[-1] if path else self.index.root(namespace)
+        cache = self._start(CacheReport(), Resume(len(path), len(path) * unit, 0), node, {}, path, len(tokens))
+        wanted: dict[Group, list[int]] = {s.group: list(range(len(path), units)) for s in self._compressed}
+        for spec in self._sliding:
+            wanted[spec.group] = list(self.checkpoint_numbers(spec, units * unit)) if checkpoint else []
+        if not self._allocate(cache, wanted):
+            self._drop(cache)
+            return None
+        return cache
+
+    def finish_load(self, cache: SequenceCache, tokens: TokenArray, units: int, *, checkpoint: bool) -> None:
+        """Rows up to unit `units` have arrived: publish them, with the checkpoint after them if that has, too."""
+        unit = self.policy.unit_tokens
+        assert cache.computed_tokens <= units * unit, "less was loaded than was there before"
+        start, cache.computed_tokens = cache.computed_tokens, units * unit
+        cache.stored_units = units
+        cache.planned = {units * unit: CheckpointReason.LOADED} if checkpoint else {}
+        self._publish(cache, tokens, start - 1)
+        self._drop(cache)
+
+    def restore(self, tokens: TokenArray, namespace: Namespace, saved: Snapshot) -> SequenceCache | None:
+        """Blocks for a request that gave way and comes back with its rows; None if there is no room.
+
+        It holds the same block numbers as before. Blocks of units that the index still has are shared: `rows_from` says
+        how far those go, and all others are to be filled by the caller.
+        """
+        caching = self.prefix_caching
+        path = self.probe(tokens, namespace).path[: saved.computed_tokens // self.policy.unit_tokens] if caching else ()
+        if not self._room_for(path, max(len(tokens), saved.target_tokens)):
+            return None
+        node = (path[-1] if path else self.index.root(namespace)) if caching else None
+        resume = Resume(len(path), saved.computed_tokens, 0)
+        cache = self._start(CacheReport(), resume, node, saved.chosen, path, max(len(tokens), saved.target_tokens))
+        cache.state_from = saved.state_from
+        wanted = {group: [n for n in numbers if n >= len(path)] for group, numbers in saved.numbers.items()}
+        wanted |= {spec.group: list(saved.numbers[spec.group]) for spec in self._sliding}
+        if not self._allocate(cache, wanted):
+            self._drop(cache)
+            return None
+        return cache
+
+    def finish_restore(self, cache: SequenceCache, tokens: TokenArray, saved: Snapshot, *, filled: bool) -> None:
+        """The blocks of a restored request hold its rows again, or, where they could not be filled, are given up."""
+        if not filled:
+            self._drop(cache)
+            return
+        cache.rows_from = max(cache.rows_from, saved.rows_from)
+        self._publish(cache, tokens, cache.computed_tokens)
+
+    def hold_rows(self, nodes: Sequence[UnitNode]) -> Held:
+        """Keep the rows of these units in their blocks until `unhold`."""
+        return self._hold((group, block) for node in nodes for group, block in node.blocks.items())
+
+    def hold_checkpoint(self, node: UnitNode) -> Held:
+        assert node.checkpoint is not None, "held a checkpoint that is not there"
+        return self._hold((group, block) for group, blocks in node.checkpoint.items() for block in blocks)
+
+    def _hold(self, blocks: Iterable[tuple[Group, int]]) -> Held:
+        held = tuple(blocks)
+        for group, block in held:
+            self.pools[group].share(block)
+        self._held.update(held)
+        return held
+
+    def unhold(self, held: Held) -> None:
+        for group, block in held:
+            self.pools[group].release(block)
+        self._held.subtract(held)
+        self._held += Counter()  # drops the zeros
+
+    def _allocate(self, cache: SequenceCache, wanted: Mapping[Group, list[int]]) -> bool:
+        """Give a request free blocks at these numbers in every pool, or in none and False. May evict idle blocks."""
         if not self._make_room(wanted):
-            planned = ()  # checkpoints are a wish, the step itself is not
-            wanted = self._wanted(cache, end, planned)
-            if not self._make_room(wanted):
-                return False
+            return False
         for spec in self.groups:
             for number in wanted[spec.group]:
                 block = self.pools[spec.group].allocate()
@@ -161,14 +266,40 @@ class Coordinator:
                     cache.growing[spec.group].append(block)
                 else:
                     cache.sliding[spec.group].put(number, block)
+        return True
+
+    def _drop(self, cache: SequenceCache) -> None:
+        """Take a request's references back."""
+        if cache.node is not None:
+            self.index.unpin(cache.node)
+        for group, block in cache.blocks():
+            self.pools[group].release(block)
+        self._running.remove(cache)
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def reserve(self, cache: SequenceCache, end: int) -> bool:
+        """Blocks for computing tokens up to `end`: in all pools, or in none and False. May evict idle blocks."""
+        planned = self._planned(cache, end)
+        if not self._allocate(cache, self._wanted(cache, end, planned)):
+            planned = {}  # checkpoints are a wish, the step itself is not
+            if not self._allocate(cache, self._wanted(cache, end, planned)):
+                return False
         cache.planned = planned
         return True
 
+    def _planned(self, cache: SequenceCache, end: int) -> Mapping[int, CheckpointReason]:
+        """Checkpoints on the way to `end`. State before the end of a replay is not exact: none is kept there."""
+        if cache.node is None:
+            return {}
+        start = max(cache.computed_tokens, cache.rows_from - 1)
+        return self.policy.wanted(cache.chosen, start, end)
+
     def commit(self, cache: SequenceCache, tokens: TokenArray, end: int) -> None:
         """Tokens up to `end` are in the blocks: publish finished units and let go of what is not needed any more."""
-        cache.computed_tokens = end
-        self._publish(cache, tokens)
-        cache.planned = ()
+        start, cache.computed_tokens = cache.computed_tokens, end
+        self._publish(cache, tokens, start)
+        cache.planned = {}
         for spec in self._sliding:
             table = cache.sliding[spec.group]
             keep = set(self._live_numbers(spec, end, cache.node is not None))
@@ -180,15 +311,12 @@ class Coordinator:
         """End a request. With `keep_state` the last boundary it passed gets a checkpoint (end of output)."""
         boundary = self.policy.boundary(cache.computed_tokens)
         node = cache.node
-        if keep_state and node is not None and node.alive and 0 < boundary == node.depth * self.policy.unit_tokens:
-            self._keep_checkpoint(cache, node)
-        if node is not None:
-            self.index.unpin(node)
-        for group, block in cache.blocks():
-            self.pools[group].release(block)
-        self._running.remove(cache)
+        passed = node is not None and node.alive and 0 < boundary == node.depth * self.policy.unit_tokens
+        if keep_state and passed and node is not None and self.policy.at_end_of_output():
+            self._keep_checkpoint(cache, node, CheckpointReason.END_OF_OUTPUT)
+        self._drop(cache)
 
-    def _wanted(self, cache: SequenceCache, end: int, planned: tuple[int, ...]) -> dict[Group, list[int]]:
+    def _wanted(self, cache: SequenceCache, end: int, planned: Iterable[int]) -> dict[Group, list[int]]:
         """Block numbers that the step to `end` writes and the request does not hold yet."""
         wanted = {}
         for spec in self.groups:
@@ -197,13 +325,13 @@ class Coordinator:
                 wanted[spec.group] = list(range(len(cache.growing[spec.group]), -(-end // size)))
                 continue
             numbers = set(self._live_numbers(spec, end, cache.node is not None))
-            numbers.update(n for p in planned for n in self._checkpoint_numbers(spec, p))
+            numbers.update(n for p in planned for n in self.checkpoint_numbers(spec, p))
             first = cache.computed_tokens // size
             held = cache.sliding[spec.group]
             wanted[spec.group] = sorted(n for n in numbers if n >= first and n not in held)
         return wanted
 
-    def _checkpoint_numbers(self, spec: CacheGroupSpec, boundary: int) -> range:
+    def checkpoint_numbers(self, spec: CacheGroupSpec, boundary: int) -> range:
         """Block numbers of a sliding group that a checkpoint at a unit boundary consists of."""
         return range(spec.first_live_block(boundary), boundary // spec.tokens_per_block)
 
@@ -211,16 +339,21 @@ class Coordinator:
         """Block numbers needed after a step to `end`: to go on, and to checkpoint the last boundary if it ends here."""
         numbers = list(range(spec.first_live_block(end), -(-end // spec.tokens_per_block)))
         if publishing:
-            numbers += self._checkpoint_numbers(spec, self.policy.boundary(end))
+            numbers += self.checkpoint_numbers(spec, self.policy.boundary(end))
         return numbers
 
-    def _publish(self, cache: SequenceCache, tokens: TokenArray) -> None:
-        """Walk or extend the index to the last complete unit; attach the planned checkpoints on the way."""
+    def _publish(self, cache: SequenceCache, tokens: TokenArray, start: int) -> None:
+        """Walk or extend the index to the last complete unit; attach the planned checkpoints on the way.
+
+        `start` is where the step began: a replay ends on the unit that it stands on already.
+        """
         node = cache.node
         if node is None:
             return
         unit = self.policy.unit_tokens
         self.index.unpin(node)
+        if start < node.depth * unit <= cache.computed_tokens:
+            self._plan_met(cache, node)
         while node.alive and (node.depth + 1) * unit <= cache.computed_tokens:
             known = self.index.child(node, tokens)
             if known is None:
@@ -228,15 +361,20 @@ class Coordinator:
                 for group, block in blocks.items():
                     self.pools[group].keep(block)
                 known = self.index.insert(node, tokens, blocks)
+                known.stored = known.depth <= cache.stored_units
             else:
                 self._adopt(cache, known)
             node = known
-            if node.depth * unit in cache.planned:
-                self._keep_checkpoint(cache, node)
+            self._plan_met(cache, node)
         self.index.pin(node)
         cache.node = node if node.alive else None
         if not node.alive:
             self.index.unpin(node)
+
+    def _plan_met(self, cache: SequenceCache, node: UnitNode) -> None:
+        reason = cache.planned.get(node.depth * self.policy.unit_tokens)
+        if reason is not None and node.alive:
+            self._keep_checkpoint(cache, node, reason)
 
     def _adopt(self, cache: SequenceCache, node: UnitNode) -> None:
         """Hold the index's rows of a unit that was computed again, not a second copy of them."""
@@ -246,20 +384,22 @@ class Coordinator:
                 own = cache.growing[spec.group].replace(node.depth - 1, pool.share(node.blocks[spec.group]))
                 pool.release(own)
 
-    def _keep_checkpoint(self, cache: SequenceCache, node: UnitNode) -> None:
+    def _keep_checkpoint(self, cache: SequenceCache, node: UnitNode, reason: CheckpointReason) -> None:
         if node.checkpoint is not None:
             return
         blocks: dict[Group, tuple[int, ...]] = {}
         for spec in self._sliding:
             table = cache.sliding[spec.group]
-            numbers = self._checkpoint_numbers(spec, node.depth * self.policy.unit_tokens)
+            numbers = self.checkpoint_numbers(spec, node.depth * self.policy.unit_tokens)
             if any(number not in table for number in numbers):
                 return
             blocks[spec.group] = tuple(table[number] for number in numbers)
         for group, ids in blocks.items():
             for block in ids:
                 self.pools[group].keep(block)
-        self.index.set_checkpoint(node, blocks)
+        self.index.set_checkpoint(node, blocks, reason)
+        self.checkpoints_made[reason] += 1
+        self.fresh_checkpoints.append(node)
 
     # -- eviction ---------------------------------------------------------------------------------------------
 
@@ -280,6 +420,7 @@ class Coordinator:
         if node is None:
             return False
         self._drop_unit(node)
+        self.evicted[group] += 1
         self.evicted_units += 1
         return True
 
@@ -293,6 +434,7 @@ class Coordinator:
         if blocks is None:
             return False
         self._drop_checkpoint(blocks)
+        self.evicted[group] += 1
         self.evicted_checkpoints += 1
         return True
 
@@ -330,6 +472,8 @@ class Coordinator:
         for cache in self._running:
             for group, block in cache.blocks():
                 expected[group][block] += 1
+        for (group, block), count in self._held.items():
+            expected[group][block] += count
         for node in self.index.units():
             held = [(group, (block,)) for group, block in node.blocks.items()]
             for group, ids in (*held, *(node.checkpoint or {}).items()):

@@ -8,7 +8,7 @@ The index never allocates: it keeps references to blocks that requests wrote.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,29 +16,54 @@ from hashlib import blake2b
 import numpy as np
 
 from thalweg.cache.geometry import Group
+from thalweg.cache.policy import CheckpointReason
 from thalweg.types import TokenArray
 
 _EVICTED_REMEMBERED = 1 << 16  # digests kept to tell `evicted` from `diverged`; 2 MiB at most
+_ROOTS_KEPT = 4096  # namespaces; beyond that, those without a unit are forgotten
 
 Blocks = Mapping[Group, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What separates prefixes. `own` stands for weights, numerics, layout, tenant and salt together: only equal ones
+    share. `content` leaves out what computed the rows, `tenant` also the salt: both only explain misses."""
+
+    own: bytes
+    content: bytes = b""
+    tenant: bytes = b""
+
+
+def unit_digest(parent: bytes, key: bytes) -> bytes:
+    """16 bytes that stand for a unit and everything before it; `key` are its tokens as int32, little endian."""
+    return blake2b(parent + key, digest_size=16).digest()
 
 
 class UnitNode:
     """One unit of a cached prefix. `depth` counts units from the root (whose depth is 0)."""
 
     __slots__ = (
-        "alive", "blocks", "checkpoint", "children", "depth", "digest", "key", "parent", "pins", "queued", "used",
+        "alive", "blocks", "checkpoint", "checkpoint_stored", "children", "depth", "digest", "key", "namespace",
+        "parent", "pins", "queued", "reason", "stored", "used", "uses",
     )  # fmt: skip
 
-    def __init__(self, parent: UnitNode | None, key: bytes, blocks: Mapping[Group, int], used: int) -> None:
+    def __init__(
+        self, parent: UnitNode | None, key: bytes, blocks: Mapping[Group, int], used: int, namespace: Namespace
+    ) -> None:
         self.parent = parent
         self.key = key
+        self.namespace = namespace
         self.depth: int = parent.depth + 1 if parent else 0
-        self.digest: bytes = blake2b((parent.digest if parent else b"") + key, digest_size=16).digest()
+        self.digest: bytes = unit_digest(parent.digest if parent else b"", key)
         self.children: dict[bytes, UnitNode] = {}
         self.blocks = dict(blocks)
         self.checkpoint: dict[Group, tuple[int, ...]] | None = None
+        self.reason: CheckpointReason | None = None  # of the checkpoint
+        self.stored = False  # rows are in a lower tier, or on their way there
+        self.checkpoint_stored = False
         self.used = used
+        self.uses = 0
         self.pins = 0
         self.queued: set[int] = set()  # the eviction queues (by id) that have an entry of this unit
         self.alive = True
@@ -61,6 +86,7 @@ class PrefixIndex:
     def __init__(self, unit_tokens: int) -> None:
         self.unit_tokens = unit_tokens
         self._roots: dict[bytes, UnitNode] = {}
+        self._tenants: defaultdict[bytes, set[bytes]] = defaultdict(set)  # roots of a tenant
         self._clock = 0
         self._leaves: list[tuple[int, int, UnitNode]] = []
         self._checkpoints: list[tuple[int, int, UnitNode]] = []
@@ -68,15 +94,43 @@ class PrefixIndex:
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
         self.nodes = 0
 
-    def root(self, namespace: bytes) -> UnitNode:
+    def root(self, namespace: Namespace) -> UnitNode:
         """The root of a namespace, made on first use."""
-        if namespace not in self._roots:
-            self._roots[namespace] = UnitNode(None, namespace, {}, 0)
-        return self._roots[namespace]
+        root = self._roots.get(namespace.own)
+        if root is None:
+            if len(self._roots) >= _ROOTS_KEPT:
+                self._forget_empty_roots()
+            root = self._roots[namespace.own] = UnitNode(None, namespace.own, {}, 0, namespace)
+            self._tenants[namespace.tenant].add(namespace.own)
+        return root
 
-    def match(self, namespace: bytes, tokens: TokenArray, limit_units: int) -> Match:
+    def _forget_empty_roots(self) -> None:
+        for own in [own for own, root in self._roots.items() if not root.children and root.pins == 0]:
+            root = self._roots.pop(own)
+            root.alive = False
+            self._tenants[root.namespace.tenant].discard(own)
+
+    def digests(self, namespace: Namespace, tokens: TokenArray, units: int) -> list[bytes]:
+        """The digests of the first `units` units of a prompt."""
+        parent, found = unit_digest(b"", namespace.own), []
+        for unit in range(units):
+            parent = unit_digest(parent, self._key(tokens, unit))
+            found.append(parent)
+        return found
+
+    def content_digest(self, namespace: Namespace, tokens: TokenArray) -> bytes:
+        """Stands for a prompt's first unit whatever model computed it."""
+        return unit_digest(namespace.content, self._key(tokens, 0))
+
+    def under_other_salt(self, namespace: Namespace, tokens: TokenArray) -> bool:
+        """Whether the same tenant has the first unit of these tokens under another salt."""
+        key = self._key(tokens, 0)
+        others = self._tenants.get(namespace.tenant, set()) - {namespace.own}
+        return any(key in self._roots[own].children for own in others)
+
+    def match(self, namespace: Namespace, tokens: TokenArray, limit_units: int) -> Match:
         """The longest known prefix of `tokens` within `limit_units` units. Changes nothing."""
-        node = self._roots.get(namespace)
+        node = self._roots.get(namespace.own)
         if node is None:
             return Match((), 0, 0, False)
         path: list[UnitNode] = []
@@ -97,6 +151,7 @@ class PrefixIndex:
         self._clock += 1
         for node in path:
             node.used = self._clock
+            node.uses += 1
 
     def child(self, node: UnitNode, tokens: TokenArray) -> UnitNode | None:
         """The known unit after `node` with the same tokens as the sequence `tokens` has there."""
@@ -107,17 +162,17 @@ class PrefixIndex:
         self._clock += 1
         key = self._key(tokens, node.depth)
         assert node.alive and key not in node.children, "a unit was inserted twice or under a dead one"
-        child = UnitNode(node, key, blocks, self._clock)
+        child = UnitNode(node, key, blocks, self._clock, node.namespace)
         node.children[key] = child
         self._evicted.pop(child.digest, None)
         self.nodes += 1
         self._offer(self._leaves, child)
         return child
 
-    def set_checkpoint(self, node: UnitNode, blocks: Blocks) -> None:
+    def set_checkpoint(self, node: UnitNode, blocks: Blocks, reason: CheckpointReason) -> None:
         """Attach a checkpoint to a unit that has none. The caller has given the index its references."""
         assert node.alive and node.checkpoint is None, "a checkpoint was set twice or on a dead unit"
-        node.checkpoint = dict(blocks)
+        node.checkpoint, node.reason = dict(blocks), reason
         self._offer(self._checkpoints, node)
 
     def pin(self, node: UnitNode) -> None:
@@ -152,6 +207,7 @@ class PrefixIndex:
         for root in self._roots.values():
             root.alive = False
         self._roots.clear()
+        self._tenants.clear()
         self._leaves.clear()
         self._checkpoints.clear()
         self._evicted.clear()
@@ -221,7 +277,7 @@ class PrefixIndex:
             self._evicted.popitem(last=False)
 
     def _was_evicted(self, node: UnitNode, key: bytes) -> bool:
-        return blake2b(node.digest + key, digest_size=16).digest() in self._evicted
+        return unit_digest(node.digest, key) in self._evicted
 
 
 def _common(key: bytes, tokens: TokenArray) -> int:

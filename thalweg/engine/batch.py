@@ -53,8 +53,8 @@ class BatchBuilder:
         )
 
     def _past_start(self, item: SequencePlan) -> int:
-        """First position before the step that its first token's window still sees."""
-        return max(0, item.start - self._config.window + 1)
+        """First position before the step that its first token's window still sees; a replay begins without a window."""
+        return max(item.running.cache.state_from, item.start - self._config.window + 1)
 
     def _tensor(self, values: Positions) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)
@@ -95,7 +95,7 @@ class BatchBuilder:
         """Inputs of all compressors of one ratio; those of CSA layers overlap with the window before."""
         overlap = kind == "csa"
         own, pending = self._gather(f"pending_{kind}", items, offsets, ratio, 0)
-        positions = [np.arange(i.start // ratio, i.end // ratio) * ratio for i in items]
+        positions = [_windows(i, ratio) * ratio for i in items]
         streams = ("csa", "index") if overlap else ("hca",)
         open_tokens = [np.arange(max(i.start, i.end // ratio * ratio), i.end) for i in items]
         entries = {
@@ -127,16 +127,25 @@ class BatchBuilder:
         """Where the tokens of each finished window lie: [E, ratio] into cat(cached rows, new rows), and the cached
         slots. `behind` shifts the window back by so many tokens; -1 stands for tokens before the sequence."""
         cached, index = [], []
-        read = [np.arange(max(0, i.start // ratio * ratio - behind), i.start) for i in items]
+        windows = [_windows(i, ratio)[:, None] * ratio - behind for i in items]
+        begin = [i.running.cache.state_from for i in items]
+        read = [
+            np.arange(max(b, i.start // ratio * ratio - behind), i.start) for i, b in zip(items, begin, strict=True)
+        ]
         counts = _offsets([len(r) for r in read])
-        for item, offset, old, first in zip(items, offsets, read, counts, strict=False):
+        for place, (item, offset, old) in enumerate(zip(items, offsets, read, strict=False)):
             cached.append(self._slots(name, item, old))
-            windows = np.arange(item.start // ratio, item.end // ratio)[:, None] * ratio - behind
-            wanted = windows + np.arange(ratio)[None, :]
+            wanted = windows[place] + np.arange(ratio)[None, :]
             new = wanted - item.start + offset + counts[-1]
-            in_cache = wanted - (item.start - len(old)) + first
-            index.append(np.where(wanted < 0, -1, np.where(wanted >= item.start, new, in_cache)))
+            in_cache = wanted - (item.start - len(old)) + counts[place]
+            index.append(np.where(wanted < begin[place], -1, np.where(wanted >= item.start, new, in_cache)))
         return np.concatenate(index), np.concatenate(cached)
+
+
+def _windows(item: SequencePlan, ratio: int) -> Positions:
+    """The compression windows that this step completes and writes: not those whose rows a replay finds cached."""
+    first = max(item.start, item.running.cache.rows_from)
+    return np.arange(first // ratio, max(first, item.end) // ratio)
 
 
 def _offsets(counts: SequenceOf[int]) -> tuple[int, ...]:

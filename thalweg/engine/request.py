@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from thalweg.cache.coordinator import SequenceCache
+from thalweg.cache.sequence import SequenceCache
 from thalweg.types import CacheReport, Event, FinishReason, GenerateRequest, MissReason, SampledToken, TokenArray, Usage
 
 Listener = Callable[[Event], None]

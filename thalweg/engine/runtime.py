@@ -15,6 +15,7 @@ from torch import Tensor
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
 from thalweg.cache.policy import CheckpointPolicy
+from thalweg.cache.prefix_index import Namespace
 from thalweg.checkpoint.loader import load_parameters
 from thalweg.checkpoint.parameters import parameters
 from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
@@ -209,11 +210,17 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
     return length
 
 
-def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
+def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], Namespace]:
     """Prefix caches are shared only under the same weights, numerics and salt."""
     about = f"{fingerprint(checkpoint)} {numerics}".encode()
 
-    def namespace(sequence: Sequence) -> bytes:
-        return blake2b(about + b"\0" + sequence.request.cache_salt.encode(), digest_size=16).digest()
+    def namespace(sequence: Sequence) -> Namespace:
+        salt = sequence.request.cache_salt.encode()
+        return Namespace(_digest(b"own", about, salt), _digest(b"content", salt), _digest(b"tenant"))
 
     return namespace
+
+
+def _digest(*parts: bytes) -> bytes:
+    """16 bytes that stand for these parts and no others."""
+    return blake2b(b"".join(len(part).to_bytes(8, "little") + part for part in parts), digest_size=16).digest()

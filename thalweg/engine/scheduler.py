@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from thalweg.cache.coordinator import Coordinator
+from thalweg.cache.prefix_index import Namespace
 from thalweg.engine.plan import SequencePlan, StepPlan
 from thalweg.engine.request import Running, Sequence
 
@@ -30,7 +31,7 @@ class Scheduler:
     """Waiting and running requests over one cache coordinator. The engine thread owns it."""
 
     def __init__(
-        self, coordinator: Coordinator, limits: SchedulerLimits, namespace: Callable[[Sequence], bytes]
+        self, coordinator: Coordinator, limits: SchedulerLimits, namespace: Callable[[Sequence], Namespace]
     ) -> None:
         self.coordinator = coordinator
         self.limits = limits

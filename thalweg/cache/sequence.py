@@ -1,0 +1,74 @@
+"""The blocks of one running request, and how far they are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from thalweg.cache.geometry import Group
+from thalweg.cache.policy import CheckpointReason, Resume
+from thalweg.cache.prefix_index import UnitNode
+from thalweg.cache.tables import GrowingTable, SlidingTable
+from thalweg.types import CacheReport
+
+
+class SequenceCache:
+    """The blocks that one running request holds. Tokens below `computed_tokens` are in them.
+
+    Window and compressor state exists from `state_from` on; compressed rows before `rows_from` are the index's and are
+    not written again, even where a replay computes their tokens.
+    """
+
+    def __init__(
+        self,
+        report: CacheReport,
+        resume: Resume,
+        node: UnitNode | None,
+        chosen: Mapping[int, CheckpointReason],
+        *,
+        rows_from: int,
+        target_tokens: int,
+    ) -> None:
+        self.report = report
+        self.computed_tokens = resume.start
+        self.state_from = resume.start if resume.replayed else 0
+        self.rows_from = rows_from
+        self.target_tokens = target_tokens  # tokens known at admission: room for them is promised
+        self.growing: dict[Group, GrowingTable] = {}
+        self.sliding: dict[Group, SlidingTable] = {}
+        self.node = node  # the unit of the index this request stands on; None where it does not publish
+        self.chosen = chosen
+        self.planned: Mapping[int, CheckpointReason] = {}  # checkpoints that the step under way will keep
+        self.stored_units = 0  # leading units that a lower tier is known to hold
+        self.offered_units = 0  # leading units that were offered to lower tiers
+
+    def blocks(self) -> Iterator[tuple[Group, int]]:
+        """Every block held, with its group."""
+        for group, growing in self.growing.items():
+            yield from ((group, block) for block in growing.blocks())
+        for group, sliding in self.sliding.items():
+            yield from ((group, block) for block in sliding.blocks())
+
+    def snapshot(self) -> Snapshot:
+        """What must be moved to go on elsewhere or later without recomputing."""
+        numbers = {group: tuple(range(len(table))) for group, table in self.growing.items()}
+        numbers |= {group: table.numbers() for group, table in self.sliding.items()}
+        blocks = {
+            g: tuple(self.growing[g].blocks() if g in self.growing else self.sliding[g].blocks()) for g in numbers
+        }
+        return Snapshot(
+            self.computed_tokens, self.state_from, self.rows_from, self.target_tokens, self.chosen, numbers, blocks
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A running request's place, with the block numbers that it holds in each group and the blocks at these numbers."""
+
+    computed_tokens: int
+    state_from: int
+    rows_from: int
+    target_tokens: int
+    chosen: Mapping[int, CheckpointReason]
+    numbers: Mapping[Group, tuple[int, ...]]
+    blocks: Mapping[Group, tuple[int, ...]]
