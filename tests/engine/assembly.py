@@ -22,6 +22,7 @@ from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.runner import ModelRunner, Runner
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
+from thalweg.engine.tiering import Tiering
 from thalweg.kernels.registry import select_kernels
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
@@ -72,7 +73,7 @@ def engine_of(fields: dict[str, Any], runner: Runner, plan: CachePlan, shape: Sh
     policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval)
     coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
     limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
-    scheduler = Scheduler(coordinator, limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
+    scheduler = Scheduler(Tiering(coordinator, {}, None), limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
     engine_limits = EngineLimits(1 << 20, plan.token_capacity, config.vocab_size, 64, (EOS,))
     engine = Engine(scheduler, runner, engine_limits)
     engine.start()
@@ -142,6 +143,3 @@ class CountingRunner:
             raise RuntimeError("injected failure")
         sampling = [item for item in plan.sequences if item.samples]
         return StepResult({i.request_id: SampledToken(2 + i.end % (self._vocabulary - 2)) for i in sampling})
-
-    def forget(self, request_id: str) -> None:
-        pass

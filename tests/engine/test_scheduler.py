@@ -10,12 +10,13 @@ from tests.cache.shapes import MODEL, coordinator_of
 from thalweg.cache.prefix_index import Namespace
 from thalweg.engine.request import Sequence
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
+from thalweg.engine.tiering import Tiering
 from thalweg.types import GenerateRequest, SamplingParams
 
 
 def make(units: int = 400, budget: int = 64, running: int = 4) -> Scheduler:
     coordinator = coordinator_of(MODEL, units, 64, running=running)
-    return Scheduler(coordinator, SchedulerLimits(running, budget), lambda s: Namespace(s.request.cache_salt.encode()))
+    return Scheduler(Tiering(coordinator, {}, None), SchedulerLimits(running, budget), lambda s: Namespace(s.request.cache_salt.encode()))
 
 
 def add(scheduler: Scheduler, name: str, prompt: int, output: int = 4) -> Sequence:

@@ -11,6 +11,7 @@ from tests.model.paging import PagedSequences
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import cache_groups
 from thalweg.cache.policy import CheckpointPolicy
+from thalweg.cache.prefix_index import Namespace
 from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.plan import SequencePlan, StepPlan
@@ -30,7 +31,7 @@ def test_builders_agree(fields: dict, steps: list[int]) -> None:
     for s in range(2):
         prompt = np.random.default_rng(s).integers(0, 90, total + s).astype(np.int32)
         sequence = Sequence(GenerateRequest(str(s), prompt), lambda event: None, 1, 0.0)
-        cache = coordinator.attach(sequence.tokens, bytes([s]))
+        cache = coordinator.attach(sequence.tokens, Namespace(bytes([s])))
         assert cache is not None
         runs.append(Running(sequence, cache))
     plain = PagedSequences(config, 2, total + 2)

@@ -56,9 +56,6 @@ class Script:
                 sampled[item.request_id] = SampledToken(self._ids[min(done, len(self._ids) - 1)])
         return StepResult(sampled)
 
-    def forget(self, request_id: str) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:

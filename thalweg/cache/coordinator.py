@@ -107,6 +107,10 @@ class Coordinator:
             self._share_checkpoint(cache, attached[-1])
         return cache
 
+    def fits(self, match: Match, tokens: int) -> bool:
+        """Whether a request of so many tokens could be admitted now, on the prefix that was found."""
+        return self._room_for(match.path, tokens)
+
     def _start(
         self,
         report: CacheReport,

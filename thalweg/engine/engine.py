@@ -7,6 +7,7 @@ engine thread. Every submitted request gets exactly one terminal event, errors i
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import defaultdict, deque
@@ -18,6 +19,7 @@ from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.request import Listener, Running, Sequence
 from thalweg.engine.runner import Runner
 from thalweg.engine.scheduler import Scheduler
+from thalweg.engine.shadow import Shadow
 from thalweg.errors import (
     CancelledError,
     ContextLengthError,
@@ -59,9 +61,17 @@ class Engine:
     """See the module. `clock` returns seconds and is only used for counters and arrival times."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, limits: EngineLimits, clock: Callable[[], float] = time.monotonic
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        limits: EngineLimits,
+        *,
+        shadow: Shadow | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
+        self._shadow = shadow or Shadow(0.0, lambda: 1.0)
+        self._shadow_run: Sequence | None = None
         self._scheduler = scheduler
         self._runner = runner
         self._clock = clock
@@ -69,7 +79,9 @@ class Engine:
         self._wake = threading.Condition()
         self._open: dict[str, Sequence] = {}  # guarded by _wake
         self._closing = False
+        self._stuck = False  # nothing can be planned before a copy is over
         self._failure: str | None = None
+        scheduler.tiering.connect(self._post)
         self._thread = threading.Thread(target=self._loop, name="thalweg-engine", daemon=True)
         self._counters: defaultdict[str, float] = defaultdict(float)
         self._status = self._snapshot()
@@ -80,16 +92,20 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread after the step under way; every open request ends with UnavailableError."""
+        """Stop the thread after the step under way; every open request ends with UnavailableError. What is on its way
+        to a lower tier still gets there."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._scheduler.tiering.close()
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """Queue a request. Raises RequestError, ContextLengthError, OverloadedError or UnavailableError at once."""
-        sequence = Sequence(request, listener, self._output_limit(request), self._clock())
+        own = request.sampling.seed
+        seed = secrets.randbits(64) if own is None else own % 2**64
+        sequence = Sequence(request, listener, self._output_limit(request), self._clock(), seed=seed)
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise UnavailableError("the engine is not running")
@@ -98,7 +114,7 @@ class Engine:
             if len(self._open) >= self.limits.max_waiting:
                 raise OverloadedError(f"{len(self._open)} requests are open; max_waiting is {self.limits.max_waiting}")
             self._open[request.request_id] = sequence
-            self._inbox.append(lambda: self._scheduler.add(sequence))
+            self._inbox.append(lambda: self._take(sequence))
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -108,13 +124,16 @@ class Engine:
                 self._inbox.append(lambda: self._cancel(request_id))
                 self._wake.notify()
 
-    def reset_prefix_cache(self) -> int:
-        """Forget cached prefixes between two steps; returns the tokens forgotten."""
+    def reset_prefix_cache(self, tiers: frozenset[str] | None = None) -> int:
+        """Forget what is cached in these tiers (`device`, `host`, `disk`; all if None), between two steps.
+
+        Returns the tokens that the device forgot.
+        """
         done = threading.Event()
         forgotten: list[int] = []
 
         def reset() -> None:
-            forgotten.append(self._scheduler.coordinator.reset())
+            forgotten.append(self._scheduler.tiering.reset(tiers))
             done.set()
 
         with self._wake:
@@ -124,6 +143,12 @@ class Engine:
             self._wake.notify()
         done.wait()
         return forgotten[0]
+
+    def _post(self, action: Callable[[], None]) -> None:
+        """Run an action on the engine thread, between two steps."""
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
 
     def status(self) -> EngineStatus:
         return self._status
@@ -179,19 +204,44 @@ class Engine:
     def _take_inbox(self) -> bool:
         """Apply what other threads asked for; sleeps while there is nothing to do. False when closing."""
         with self._wake:
-            while not (self._inbox or self._closing or self._scheduler.running or self._scheduler.waiting):
+            while not (self._inbox or self._closing or self._has_work()):
                 self._wake.wait()
             actions = list(self._inbox)
             self._inbox.clear()
             closing = self._closing
         for action in actions:
             action()
+            self._stuck = False
         return not closing
 
+    def _has_work(self) -> bool:
+        scheduler = self._scheduler
+        if scheduler.running or scheduler.waiting:
+            return not self._stuck
+        return self._shadow.waiting and not scheduler.loading
+
+    def _take(self, sequence: Sequence) -> None:
+        """Queue a request. A shadow run under way gives way to it."""
+        shadow, self._shadow_run = self._shadow_run, None
+        if shadow is not None:
+            running = self._scheduler.find_running(shadow.request_id)
+            if running is not None:
+                self._scheduler.finish(running, keep_state=False)
+            else:
+                self._scheduler.waiting.remove(shadow)
+            self._shadow.gave_way()
+        self._scheduler.add(sequence)
+
     def _step(self) -> None:
-        plan = self._scheduler.plan()
+        scheduler = self._scheduler
+        if not (scheduler.running or scheduler.waiting or scheduler.loading) and self._shadow.waiting:
+            self._shadow_run = self._shadow.start(self._clock())
+            scheduler.add(self._shadow_run)
+        plan = scheduler.plan()
         if not plan.sequences:
-            if self._scheduler.waiting and not self._scheduler.running:
+            if scheduler.tiering.busy:
+                self._stuck = True
+            elif scheduler.waiting and not scheduler.running:
                 self._refuse_head()
             return
         begin = self._clock()
@@ -235,11 +285,15 @@ class Engine:
         error = CancelledError("the request was cancelled")
         waiting = self._scheduler.find_waiting(request_id)
         running = self._scheduler.find_running(request_id)
+        loading = self._scheduler.find_loading(request_id)
         if waiting is not None:
             self._scheduler.waiting.remove(waiting)
             self._finish_event(waiting, FinishReason.CANCELLED, (), error)
         elif running is not None:
             self._end(running, FinishReason.CANCELLED, (), error)
+        elif loading is not None:
+            loading.cancelled = True
+            self._finish_event(loading.sequence, FinishReason.CANCELLED, (), error)
 
     def _end(
         self, running: Running, finish: FinishReason, tokens: tuple[SampledToken, ...], error: ThalwegError | None
@@ -252,14 +306,24 @@ class Engine:
             self._end(running, FinishReason.ERROR, (), error)
         while self._scheduler.waiting:
             self._finish_event(self._scheduler.waiting.popleft(), FinishReason.ERROR, (), error)
+        for loading in self._scheduler.loading:
+            if not loading.cancelled:
+                loading.cancelled = True
+                self._finish_event(loading.sequence, FinishReason.ERROR, (), error)
 
     def _finish_event(
         self, sequence: Sequence, finish: FinishReason, tokens: tuple[SampledToken, ...], error: ThalwegError | None
     ) -> None:
-        self._runner.forget(sequence.request_id)
-        with self._wake:
-            self._open.pop(sequence.request_id, None)
-        self._counters[f"finished_{finish.value}"] += 1
+        self._scheduler.tiering.forget(sequence)
+        if sequence is self._shadow_run:
+            self._shadow_run = None
+            if finish is not FinishReason.ERROR:
+                self._shadow.finished(sequence)
+        else:
+            self._shadow.consider(sequence, finish)
+            with self._wake:
+                self._open.pop(sequence.request_id, None)
+            self._counters[f"finished_{finish.value}"] += 1
         self._status = self._snapshot()
         self._send(sequence, TokenEvent(sequence.request_id, tokens, sequence.usage(), finish, error))
 
@@ -273,6 +337,8 @@ class Engine:
         coordinator = self._scheduler.coordinator
         counters = {
             **self._counters,
+            **self._scheduler.tiering.counters,
+            **self._shadow.counters,
             "preemptions": self._scheduler.preemptions,
             "evicted_units": coordinator.evicted_units,
             "evicted_checkpoints": coordinator.evicted_checkpoints,

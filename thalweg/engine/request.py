@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from thalweg.cache.sequence import SequenceCache
+from thalweg.cache.geometry import Group
+from thalweg.cache.sequence import SequenceCache, Snapshot
 from thalweg.types import CacheReport, Event, FinishReason, GenerateRequest, MissReason, SampledToken, TokenArray, Usage
 
 Listener = Callable[[Event], None]
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """What the lower tiers gave to a waiting request: units from `first_unit` on, as runs of (tier, units)."""
+
+    first_unit: int = 0
+    by_tier: tuple[tuple[str, int], ...] = ()
+    stored_units: int = 0  # leading units that a lower tier has
+    failed: bool = False
+    other_weights: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """A request that gave way: its blocks' bytes, uint8 [blocks, block bytes] by group, in host memory."""
+
+    snapshot: Snapshot
+    data: Mapping[Group, NDArray[np.uint8]]
+    size_bytes: int
+
+
 class Sequence:
     """The tokens of one request from submission to its terminal event: prompt, then output."""
 
-    def __init__(self, request: GenerateRequest, listener: Listener, max_output_tokens: int, arrived: float) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        listener: Listener,
+        max_output_tokens: int,
+        arrived: float,
+        *,
+        seed: int = 0,
+        cold: bool = False,
+    ) -> None:
         self.request = request
+        self.seed = seed  # of its random numbers: the request's own, or one drawn for it
+        self.cold = cold  # reuse nothing and publish nothing
         self.listener = listener
         self.max_output_tokens = max_output_tokens
         self.arrived = arrived
         self.preemptions = 0
         self.cache_report = CacheReport(reason=MissReason.COLD)
+        self.load: LoadOutcome | None = None  # once the lower tiers were asked
+        self.swapped: Swapped | None = None
         self._tokens = np.array(request.prompt, np.int32)
         self._count = len(request.prompt)
 

@@ -28,6 +28,7 @@ from thalweg.engine.request import Sequence
 from thalweg.engine.runner import ModelRunner
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
+from thalweg.engine.tiering import Tiering
 from thalweg.errors import ConfigError
 from thalweg.kernels.registry import KernelSet, select_kernels
 from thalweg.memory.arena import CacheArena
@@ -100,7 +101,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     policy = CheckpointPolicy(config.unit_tokens, options.checkpoint_interval)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(coordinator, limits, _namespaces(checkpoint, numerics))
+    scheduler = Scheduler(Tiering(coordinator, {}, None), limits, _namespaces(checkpoint, numerics))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, CacheArena(plan, device), BatchBuilder(config, groups, device), Sampler(eos))
     engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)

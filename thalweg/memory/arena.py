@@ -20,8 +20,10 @@ class CacheArena:
 
     def __init__(self, plan: CachePlan, device: torch.device) -> None:
         self.plan = plan
+        self.device = device
         self._streams: dict[str, Tensor] = {}
         self._layers: dict[str, dict[int, int]] = {}
+        self._blocks = {s.name: plan.pool_blocks[spec.group] for spec in plan.groups for s in spec.streams}
         for spec in plan.groups:
             for stream in spec.streams:
                 slots = plan.pool_blocks[spec.group] * stream.rows_per_block
@@ -32,6 +34,12 @@ class CacheArena:
     def rows(self, stream: str, layer: int) -> Tensor:
         """The rows of a stream in a model layer, [slots, width], as a view."""
         return self._streams[stream][self._layers[stream][layer]]
+
+    def block_bytes_view(self, stream: str, layer: int) -> Tensor:
+        """The same memory as uint8 [blocks, rows_per_block * bytes of a row], whatever the format."""
+        rows = self.rows(stream, layer).view(torch.uint8)
+        blocks = self._blocks[stream]
+        return rows.view(blocks, rows.numel() // blocks if blocks else 0)
 
     @property
     def allocated_bytes(self) -> int:

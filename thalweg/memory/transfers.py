@@ -1,0 +1,119 @@
+"""The real mover: threads that copy between the pools and the tiers while the engine computes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from thalweg.cache.geometry import Group
+from thalweg.memory.jobs import Blocks, LoadJob, LoadPart, LoadResult, StoreJob
+from thalweg.memory.packing import BlockPacker
+from thalweg.memory.record import Bytes, Record, RecordKind
+from thalweg.memory.tier import Tier
+
+_log = logging.getLogger("thalweg.memory")
+_LOADERS = 2  # one reads a file while the other checks and unpacks the one before
+
+
+class Transfers:
+    """One thread writes, two read, so that a prompt that waits for its rows never waits for somebody's writes."""
+
+    def __init__(self, packer: BlockPacker, tiers: Mapping[str, Tier]) -> None:
+        self._packer = packer
+        self._tiers = tiers
+        self._storing = ThreadPoolExecutor(1, "thalweg-store", initializer=_one_thread)
+        self._loading = ThreadPoolExecutor(_LOADERS, "thalweg-load", initializer=_one_thread)
+
+    def store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
+        self._storing.submit(self._store, job, done)
+
+    def _store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
+        kept = False
+        try:
+            rows = job.head.kind is RecordKind.ROWS
+            data = self._packer.pack_units(job.blocks) if rows else self._packer.pack_checkpoint(job.blocks)
+            job.gathered.set()
+            record = Record(job.head, data)
+            kept = all([self._tiers[name].write(record) for name in job.tiers])
+        except Exception:
+            _log.exception("a record could not be stored")
+        finally:
+            job.gathered.set()
+            done(kept)
+
+    def load(self, job: LoadJob, done: Callable[[LoadResult], None]) -> None:
+        futures = [self._loading.submit(self._load_part, part) for part in job.parts]
+        futures.append(self._loading.submit(self._load_checkpoint, job))
+        _when_all_are_done(futures, lambda arrived: done(_result(arrived)))
+
+    def _load_part(self, part: LoadPart) -> bool:
+        rows = self._tiers[part.tier].read_rows(part.piece)
+        if rows is None or rows.shape[1] != self._packer.unit_bytes:
+            return False
+        self._packer.unpack_units(rows[part.skip :], part.blocks)
+        return True
+
+    def _load_checkpoint(self, job: LoadJob) -> bool:
+        if job.checkpoint is None:
+            return False
+        tier, digest, blocks = job.checkpoint
+        data = self._tiers[tier].read_checkpoint(digest)
+        if data is None or data.size != self._packer.checkpoint_bytes:
+            return False
+        self._packer.unpack_checkpoint(data.reshape(1, -1), blocks)
+        return True
+
+    def take_out(self, blocks: Blocks) -> Mapping[Group, Bytes]:
+        return {group: self._packer.pack(group, ids) for group, ids in blocks.items()}
+
+    def put_back(self, data: Mapping[Group, Bytes], blocks: Blocks, done: Callable[[bool], None]) -> None:
+        def work() -> bool:
+            for group, ids in blocks.items():
+                self._packer.unpack(group, data[group], ids)
+            return True
+
+        _when_all_are_done([self._loading.submit(work)], lambda filled: done(filled[0]))
+
+    def block_bytes(self, group: Group) -> int:
+        return self._packer.block_bytes(group)
+
+    def close(self) -> None:
+        self._storing.shutdown()
+        self._loading.shutdown()
+
+
+def _one_thread() -> None:
+    """Copies of a few MiB gain nothing from OpenMP, and its workers would take the cores from the forward pass."""
+    torch.set_num_threads(1)
+
+
+def _result(arrived: Sequence[bool]) -> LoadResult:
+    *parts, checkpoint = arrived
+    return LoadResult(parts.index(False) if False in parts else len(parts), checkpoint)
+
+
+def _when_all_are_done(futures: Sequence[Future[bool]], then: Callable[[list[bool]], None]) -> None:
+    """Call `then` with all results once the last future is done. One that failed counts as False."""
+    left, lock = [len(futures)], threading.Lock()
+
+    def one_is_done(_: Future[bool]) -> None:
+        with lock:
+            left[0] -= 1
+            last = left[0] == 0
+        if last:
+            then([_outcome(future) for future in futures])
+
+    for future in futures:
+        future.add_done_callback(one_is_done)
+
+
+def _outcome(future: Future[bool]) -> bool:
+    try:
+        return future.result()
+    except Exception:
+        _log.exception("rows could not be loaded")
+        return False
