@@ -51,6 +51,12 @@ def test_few_options() -> None:
         ({"device": "tpu"}, "device", "auto, cpu, cuda"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "auto, float32, bfloat16"),
         ({"model": {"path": "x"}}, "model", "not a text"),
+        ({"window_policy": "bounded"}, "window_policy", "Did you mean 'boundary'|Did you mean 'bounded-replay'"),
+        ({"window_policy": "interval:0"}, "window_policy", "interval:K"),
+        ({"window_policy": "interval"}, "window_policy", "interval:K"),
+        ({"kv_disk_space": "much"}, "kv_disk_space", "4GiB"),
+        ({"shadow_rate": 1.5}, "shadow_rate", "between 0 and 1"),
+        ({"shadow_rate": "often"}, "shadow_rate", "not a number"),
     ],
 )
 def test_wrong_options_are_named(flags: dict, param: str, words: str) -> None:
@@ -74,7 +80,8 @@ def test_every_option_can_be_set_in_every_place(tmp_path: Path) -> None:
         "model": "m", "served_model_name": "n", "device": "cpu", "dtype": "float32", "kv_cache_dtype": "bfloat16",
         "quantization_simulation": True, "max_model_len": 99, "max_num_seqs": 3, "max_num_batched_tokens": 77,
         "kv_cache_memory": 2**30, "enable_prefix_caching": False, "checkpoint_interval": 0, "chat_encoding": "later",
-        "max_waiting": 5, "threads": 1,
+        "max_waiting": 5, "threads": 1, "window_policy": "interval:4096", "kv_host_memory": 2**20, "kv_disk_dir": "d",
+        "kv_disk_space": 2**25, "shadow_rate": 0.25,
     }  # fmt: skip
     wanted = EngineOptions(**given)
     assert set(given) == set(EngineOptions.__dataclass_fields__)

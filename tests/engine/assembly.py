@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import cache_groups
-from thalweg.cache.policy import CheckpointPolicy
+from thalweg.cache.policy import CheckpointPolicy, WindowPolicy, bounded_replay_tokens, exact_replay_tokens
 from thalweg.cache.prefix_index import Namespace
 from thalweg.checkpoint.random_model import random_parameters
 from thalweg.config.model_parse import parse_model_config
@@ -22,11 +23,13 @@ from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.runner import ModelRunner, Runner
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
+from thalweg.engine.shadow import Shadow
 from thalweg.engine.tiering import Tiering
 from thalweg.kernels.registry import select_kernels
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
 from thalweg.memory.layout import CacheLayout, RowFormat
+from thalweg.memory.tier import Tier
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.types import Event, GenerateRequest, PrefillProgress, SamplingParams, TokenEvent
@@ -44,6 +47,8 @@ class Shape:
     checkpoint_interval: int = 256
     prefix_caching: bool = True
     simulate_quantization: bool = False
+    policy: WindowPolicy = WindowPolicy.BOUNDARY
+    replay: bool = True
 
 
 class Models:
@@ -67,15 +72,27 @@ class Models:
         return ModelRunner(model, CacheArena(plan, device), builder, Sampler((EOS,))), plan
 
 
-def engine_of(fields: dict[str, Any], runner: Runner, plan: CachePlan, shape: Shape) -> Engine:
-    """An engine, started."""
+def engine_of(
+    fields: dict[str, Any],
+    runner: Runner,
+    plan: CachePlan,
+    shape: Shape,
+    *,
+    shadow: Shadow | None = None,
+    tiers: Mapping[str, Tier] | None = None,
+) -> Engine:
+    """An engine, started. Tiers need a runner with an arena."""
     config = parse_model_config(fields)
-    policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval)
+    bounded = shape.policy is WindowPolicy.BOUNDED_REPLAY
+    replay = bounded_replay_tokens(config) if bounded else exact_replay_tokens(config) if shape.replay else 0
+    policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval, shape.policy, replay)
     coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
     limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
-    scheduler = Scheduler(Tiering(coordinator, {}, None), limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
+    scheduler = Scheduler(
+        Tiering(coordinator, {}, None), limits, lambda sequence: Namespace(sequence.request.cache_salt.encode())
+    )
     engine_limits = EngineLimits(1 << 20, plan.token_capacity, config.vocab_size, 64, (EOS,))
-    engine = Engine(scheduler, runner, engine_limits)
+    engine = Engine(scheduler, runner, engine_limits, shadow=shadow)
     engine.start()
     return engine
 

@@ -10,8 +10,10 @@ import pytest
 from tests.engine.assembly import CountingRunner, Models, Outcome, Shape, answer, engine_of, submit
 from tests.model.fields import FLASH_LIKE
 from thalweg.engine.engine import Engine
+from thalweg.engine.request import Sequence
+from thalweg.engine.shadow import Shadow
 from thalweg.errors import ContextLengthError, OverloadedError, RequestError, UnavailableError
-from thalweg.types import GenerateRequest, SamplingParams, TokenEvent
+from thalweg.types import FinishReason, GenerateRequest, SamplingParams, TokenEvent
 
 _, PLAN = Models().runner(FLASH_LIKE, Shape())
 
@@ -151,11 +153,11 @@ def test_status_counts(engine: Engine, runner: CountingRunner) -> None:
 
 
 def test_an_engine_that_cannot_go_on_tells_everybody() -> None:
-    class Broken(CountingRunner):
-        def forget(self, request_id: str) -> None:
-            raise RuntimeError("forgot how to forget")
+    class Broken(Shadow):
+        def consider(self, sequence: Sequence, finish: FinishReason) -> None:
+            raise RuntimeError("forgot how to end")
 
-    engine = engine_of(FLASH_LIKE, Broken(), PLAN, Shape())
+    engine = engine_of(FLASH_LIKE, CountingRunner(), PLAN, Shape(), shadow=Broken(0.0, lambda: 1.0))
     outcomes = [submit(engine, str(i), [5] * 10, max_tokens=2 + i) for i in range(4)]
     assert all(o.done.wait(30) for o in outcomes)
     assert {o.last.finish.value for o in outcomes} == {"error"}

@@ -16,7 +16,11 @@ from thalweg.types import GenerateRequest, SamplingParams
 
 def make(units: int = 400, budget: int = 64, running: int = 4) -> Scheduler:
     coordinator = coordinator_of(MODEL, units, 64, running=running)
-    return Scheduler(Tiering(coordinator, {}, None), SchedulerLimits(running, budget), lambda s: Namespace(s.request.cache_salt.encode()))
+    return Scheduler(
+        Tiering(coordinator, {}, None),
+        SchedulerLimits(running, budget),
+        lambda s: Namespace(s.request.cache_salt.encode()),
+    )
 
 
 def add(scheduler: Scheduler, name: str, prompt: int, output: int = 4) -> Sequence:

@@ -46,6 +46,19 @@ Interval = Annotated[
         "--checkpoint-interval", "--prefix-cache-retention-interval", help="Tokens between kept checkpoints; 0: none."
     ),
 ]
+WindowPolicy = Annotated[
+    str | None,
+    _option("--window-policy", help="boundary, full, interval:K, exact-replay or bounded-replay (approximate)."),
+]
+HostMemory = Annotated[
+    str | None,
+    _option("--kv-host-memory", "--hicache-size", help="Size of the host tier, such as 16GiB; 0: none."),
+]
+DiskDirectory = Annotated[str | None, _option("--kv-disk-dir", help="Directory of the disk tier.")]
+DiskSpace = Annotated[str | None, _option("--kv-disk-space", help="Most bytes in it, such as 20GiB.")]
+ShadowRate = Annotated[
+    float | None, _option("--shadow-rate", help="Share of hits that is computed again cold in idle time and compared.")
+]
 Encoding = Annotated[
     str | None, _option("--chat-encoding", help="preview or later: the checkpoint's chat encoder revision.")
 ]

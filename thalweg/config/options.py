@@ -14,6 +14,8 @@ from typing import Any
 from thalweg.errors import ConfigError, nearest
 
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BYTES = ("kv_cache_memory", "kv_host_memory", "kv_disk_space")
+_POLICIES = ("boundary", "full", "exact-replay", "bounded-replay")
 _BYTE_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "TIB": 2**40, "TB": 10**12, "T": 2**40}
 
 
@@ -32,7 +34,12 @@ class EngineOptions:
     max_num_batched_tokens: int = 1024  # tokens of one step
     kv_cache_memory: int | None = None  # bytes of all pools
     enable_prefix_caching: bool = True
-    checkpoint_interval: int = 4096  # tokens between checkpoints kept of a long prompt; 0: none
+    window_policy: str = "boundary"  # boundary, full, interval:K, exact-replay, bounded-replay (approximate)
+    checkpoint_interval: int = 4096  # boundary policy: tokens between checkpoints kept of a long prompt; 0: none
+    kv_host_memory: int | None = None  # bytes of the host tier and of requests that gave way; 0: none
+    kv_disk_dir: str | None = None  # directory of the disk tier; None: none
+    kv_disk_space: int = 20 * 2**30  # bytes that the disk tier never exceeds
+    shadow_rate: float = 0.0  # share of hits that is computed again cold in idle time and compared
     chat_encoding: str = "preview"  # preview or later: the revision of the chat encoder the checkpoint was trained with
     max_waiting: int = 1024  # requests queued before 429
     threads: int | None = None  # intra-op threads
@@ -50,7 +57,7 @@ def parse_bytes(value: int | str, name: str) -> int:
 def _typed(name: str, value: Any) -> Any:
     """Bring a value from a file, a variable or a flag to the option's type."""
     declared = str(EngineOptions.__dataclass_fields__[name].type)
-    if name == "kv_cache_memory" and value is not None:
+    if name in _BYTES and value is not None:
         return parse_bytes(value, name)
     if declared.startswith("bool"):
         word = str(value).strip().lower()
@@ -62,6 +69,11 @@ def _typed(name: str, value: Any) -> Any:
             return int(str(value))  # by its text: 3.5 and true are no whole numbers
         except ValueError:
             raise ConfigError(f"{name}: {value!r} is not a whole number", param=name) from None
+    if declared == "float":
+        try:
+            return float(str(value))
+        except ValueError:
+            raise ConfigError(f"{name}: {value!r} is not a number", param=name) from None
     if isinstance(value, dict | list):
         raise ConfigError(f"{name}: {value!r} is not a text", param=name)
     return value if value is None else str(value)
@@ -81,6 +93,9 @@ def _check(options: EngineOptions) -> None:
         )
     if options.checkpoint_interval < 0:
         raise ConfigError(f"checkpoint_interval: {options.checkpoint_interval} is below 0", param="checkpoint_interval")
+    if not 0 <= options.shadow_rate <= 1:
+        raise ConfigError(f"shadow_rate: {options.shadow_rate} is not between 0 and 1", param="shadow_rate")
+    split_window_policy(options.window_policy)
     choices = {
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16"),
@@ -90,6 +105,20 @@ def _check(options: EngineOptions) -> None:
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise ConfigError(f"{name}: {getattr(options, name)!r} is not one of {', '.join(allowed)}", param=name)
+
+
+def split_window_policy(value: str) -> tuple[str, int | None]:
+    """`interval:K` as its name and K; other policies with None. Raises ConfigError."""
+    name, _, tokens = value.partition(":")
+    if name == "interval" and tokens.isascii() and tokens.isdigit() and int(tokens) > 0:
+        return name, int(tokens)
+    if value not in _POLICIES:
+        raise ConfigError(
+            f"window_policy: {value!r} is not one of {', '.join(_POLICIES)}, interval:K (K in tokens)."
+            f"{nearest(value, _POLICIES)}",
+            param="window_policy",
+        )
+    return value, None
 
 
 def load_options(

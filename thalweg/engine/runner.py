@@ -24,13 +24,13 @@ class ModelRunner:
 
     def __init__(self, model: Model, arena: CacheArena, builder: BatchBuilder, sampler: Sampler) -> None:
         self._model = model
-        self._arena = arena
+        self.arena = arena
         self._builder = builder
         self._sampler = sampler
 
     def run(self, plan: StepPlan) -> StepResult:
         with torch.inference_mode():
-            logits = self._model.forward(self._builder.build(plan), self._arena)
+            logits = self._model.forward(self._builder.build(plan), self.arena)
             sequences = [item.running.sequence for item in plan.sequences if item.samples]
             sampled = self._sampler.sample(logits, sequences, [s.seed for s in sequences])
         return StepResult({s.request_id: t for s, t in zip(sequences, sampled, strict=True)})

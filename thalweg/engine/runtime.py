@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,26 +15,32 @@ from torch import Tensor
 
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
-from thalweg.cache.policy import CheckpointPolicy
+from thalweg.cache.policy import CheckpointPolicy, WindowPolicy, bounded_replay_tokens, exact_replay_tokens
 from thalweg.cache.prefix_index import Namespace
 from thalweg.checkpoint.loader import load_parameters
 from thalweg.checkpoint.parameters import parameters
 from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.config.model_parse import default_model
-from thalweg.config.options import EngineOptions
+from thalweg.config.options import EngineOptions, split_window_policy
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.engine import Engine, EngineLimits
 from thalweg.engine.request import Sequence
 from thalweg.engine.runner import ModelRunner
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
-from thalweg.engine.tiering import Tiering
+from thalweg.engine.shadow import Shadow
+from thalweg.engine.tiering import DISK, HOST, Tiering
 from thalweg.errors import ConfigError
 from thalweg.kernels.registry import KernelSet, select_kernels
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
+from thalweg.memory.disk import DiskTier
+from thalweg.memory.host import HostTier
 from thalweg.memory.layout import CacheLayout, RowFormat
+from thalweg.memory.packing import BlockPacker
+from thalweg.memory.tier import Tier
+from thalweg.memory.transfers import Transfers
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate
@@ -42,6 +49,7 @@ from thalweg.text.tokenizer import Tokenizer
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULT_CACHE_BYTES = 4 * 2**30
 _DEFAULT_CACHE_SHARE = 0.25  # of the memory that is available at start-up
+_DEFAULT_HOST_SHARE = 0.25  # of the pools: room for requests that give way
 _FLOAT32_SHARE = 0.25  # weights are widened to fp32 on a CPU while they take no more of the memory than this
 
 
@@ -98,16 +106,18 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     _load(checkpoint, weights, progress)
     kernel_set = select_kernels(device)
     model = Model(config, weights, numerics, kernel_set.kernels)
-    policy = CheckpointPolicy(config.unit_tokens, options.checkpoint_interval)
+    policy = window_policy(options, config)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
+    arena = CacheArena(plan, device)
+    tiering = _tiering(options, coordinator, BlockPacker(arena), choices)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(Tiering(coordinator, {}, None), limits, _namespaces(checkpoint, numerics))
+    scheduler = Scheduler(tiering, limits, _namespaces(checkpoint, numerics, policy))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
-    runner = ModelRunner(model, CacheArena(plan, device), BatchBuilder(config, groups, device), Sampler(eos))
+    runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos))
     engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
     name = options.served_model_name or ("thalweg-tiny" if options.model == "default" else directory.resolve().name)
     return Runtime(
-        engine=Engine(scheduler, runner, engine_limits),
+        engine=Engine(scheduler, runner, engine_limits, shadow=Shadow(options.shadow_rate, random.random)),
         tokenizer=tokenizer,
         model_name=name,
         model_config=config,
@@ -118,6 +128,37 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         kernel_set=kernel_set,
         choices=tuple(_about(options, checkpoint) + choices),
     )
+
+
+def window_policy(options: EngineOptions, config: ModelConfig) -> CheckpointPolicy:
+    """The policy that the options name, for one model."""
+    name, interval = split_window_policy(options.window_policy)
+    kind = WindowPolicy(name)
+    bounded = kind is WindowPolicy.BOUNDED_REPLAY
+    replay = bounded_replay_tokens(config) if bounded else exact_replay_tokens(config)
+    return CheckpointPolicy(config.unit_tokens, interval or options.checkpoint_interval, kind, replay)
+
+
+def _tiering(options: EngineOptions, coordinator: Coordinator, packer: BlockPacker, choices: list[Choice]) -> Tiering:
+    """Host and disk tiers as asked for. Raises ConfigError where a directory cannot be used."""
+    tiers: dict[str, Tier] = {}
+    host, why = options.kv_host_memory, "as set"
+    if host is None:
+        host = int(_DEFAULT_HOST_SHARE * sum(_pool_bytes(packer, coordinator)))
+        why = f"{_DEFAULT_HOST_SHARE:.0%} of the pools"
+    if host and options.enable_prefix_caching:
+        tiers[HOST] = HostTier(host)
+    choices.append(Choice("host tier", f"{host:,} bytes" if HOST in tiers else "off", why))
+    if options.kv_disk_dir is not None and options.enable_prefix_caching:
+        tiers[DISK] = DiskTier(Path(options.kv_disk_dir), options.kv_disk_space)
+        choices.append(Choice("disk tier", f"{options.kv_disk_space:,} bytes at most", options.kv_disk_dir))
+    else:
+        choices.append(Choice("disk tier", "off", "no --kv-disk-dir" if options.kv_disk_dir is None else "no caching"))
+    return Tiering(coordinator, tiers, Transfers(packer, tiers) if tiers else None)
+
+
+def _pool_bytes(packer: BlockPacker, coordinator: Coordinator) -> Iterator[int]:
+    return (packer.block_bytes(group) * pool.total_blocks for group, pool in coordinator.pools.items())
 
 
 def _load(checkpoint: Checkpoint, weights: dict[str, Tensor], progress: Callable[[int, int], None] | None) -> None:
@@ -140,7 +181,7 @@ def _about(options: EngineOptions, checkpoint: Checkpoint) -> list[Choice]:
         ),
         Choice("layers", str(config.num_layers), kinds),
         Choice(
-            "prefix caching", caching, f"checkpoints by boundary rules and every {options.checkpoint_interval} tokens"
+            "prefix caching", caching, f"window policy {options.window_policy}, interval {options.checkpoint_interval}"
         ),
     ]
 
@@ -211,9 +252,14 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
     return length
 
 
-def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], Namespace]:
-    """Prefix caches are shared only under the same weights, numerics and salt."""
-    about = f"{fingerprint(checkpoint)} {numerics}".encode()
+def _namespaces(
+    checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy
+) -> Callable[[Sequence], Namespace]:
+    """Prefix caches are shared only under the same weights, tokenizer, numerics and salt, and never with rows that an
+    approximate policy made."""
+    words = (checkpoint.directory / "tokenizer.json").read_bytes()
+    about = f"{fingerprint(checkpoint)} {numerics} {policy.unit_tokens} {policy.approximation}".encode()
+    about = _digest(about, words)
 
     def namespace(sequence: Sequence) -> Namespace:
         salt = sequence.request.cache_salt.encode()

@@ -32,9 +32,7 @@ class SchedulerLimits:
 class Scheduler:
     """Waiting and running requests over one cache coordinator. The engine thread owns it."""
 
-    def __init__(
-        self, tiering: Tiering, limits: SchedulerLimits, namespace: Callable[[Sequence], Namespace]
-    ) -> None:
+    def __init__(self, tiering: Tiering, limits: SchedulerLimits, namespace: Callable[[Sequence], Namespace]) -> None:
         self.tiering = tiering
         self.coordinator = tiering.coordinator
         self.limits = limits

@@ -13,7 +13,8 @@ Sideways: a running request that must give way takes its blocks to host memory a
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from thalweg.cache.coordinator import Coordinator, Held
@@ -131,7 +132,7 @@ class Tiering:
                 self.counters["missed_stores"] += 1
 
     def _store(self, node: UnitNode) -> None:
-        """Store the rows up to a unit that no tier has, and its checkpoint; the rest of a long stretch waits its turn."""
+        """Store rows up to a unit that no tier has, and its checkpoint; the rest of a long stretch waits its turn."""
         chain: list[UnitNode] = []
         above: UnitNode | None = node
         while above is not None and above.parent is not None and not above.stored:
@@ -259,7 +260,7 @@ class Tiering:
         policy = self.coordinator.policy
         known = len(match.path)
         total = max(known, *(f.units for f in found.values()))
-        kept = {c: name for name, f in reversed(found.items()) for c in f.checkpoints if c <= total}
+        kept = {c: name for name, f in reversed(tuple(found.items())) for c in f.checkpoints if c <= total}
         now = policy.resume(known, match.resume)
         then = policy.resume(total, max([match.resume, *kept]))
         if then.start - now.start < policy.unit_tokens:
@@ -319,9 +320,7 @@ class Tiering:
         elif load.other_weights and reason in (MissReason.COLD, MissReason.DIVERGED):
             reason = MissReason.WEIGHTS
         device = report.device_tokens - credit.total()
-        return replace(
-            report, device_tokens=device, host_tokens=credit[HOST], disk_tokens=credit[DISK], reason=reason
-        )
+        return replace(report, device_tokens=device, host_tokens=credit[HOST], disk_tokens=credit[DISK], reason=reason)
 
     # -- sideways ---------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class Mover(Protocol):
     """Copies in the background. `done` is called once per job, on any thread, and must not block."""
 
     def store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
-        """done(True): every tier has it."""
+        """done(True): at least one tier has it."""
 
     def load(self, job: LoadJob, done: Callable[[LoadResult], None]) -> None: ...
 

@@ -1,8 +1,8 @@
 """Blocks of the pools as plain bytes: what is copied to lower tiers and back.
 
 A unit's bytes are its blocks of the compressed groups, one group after the other; a checkpoint's are the blocks of the
-sliding groups behind its boundary. A block's bytes are its rows, stream by stream and layer by layer, as they lie in the
-pools: the served byte format.
+sliding groups behind its boundary. A block's bytes are its rows, stream by stream and layer by layer, as they lie in
+the pools: the served byte format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Blocks = Mapping[Group, Sequence[int]]
 
 
 class BlockPacker:
-    """Copies between the pools and host memory. May run beside a forward pass: it touches only the blocks it is given."""
+    """Copies between the pools and host memory. May run beside a forward pass: it touches only the blocks given."""
 
     def __init__(self, arena: CacheArena) -> None:
         self._arena = arena

@@ -38,7 +38,8 @@ class Transfers:
             data = self._packer.pack_units(job.blocks) if rows else self._packer.pack_checkpoint(job.blocks)
             job.gathered.set()
             record = Record(job.head, data)
-            kept = all([self._tiers[name].write(record) for name in job.tiers])
+            written = [self._tiers[name].write(record) for name in job.tiers]
+            kept = any(written)
         except Exception:
             _log.exception("a record could not be stored")
         finally:
