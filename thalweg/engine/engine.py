@@ -27,6 +27,7 @@ from thalweg.errors import (
     ThalwegError,
     UnavailableError,
 )
+from thalweg.metrics.prometheus import TierGauges
 from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, TokenEvent
 
 _log = logging.getLogger("thalweg.engine")
@@ -53,6 +54,7 @@ class EngineStatus:
     counters: Mapping[str, float]
     healthy: bool
     failure: str | None
+    tiers: tuple[TierGauges, ...] = ()  # below the device
 
 
 class Engine:
@@ -108,13 +110,14 @@ class Engine:
                 self._inbox.append(lambda: self._cancel(request_id))
                 self._wake.notify()
 
-    def reset_prefix_cache(self) -> int:
-        """Forget cached prefixes between two steps; returns the tokens forgotten."""
+    def reset_prefix_cache(self, tiers: frozenset[str] | None = None) -> int:
+        """Forget cached prefixes of some tiers (None: of all) between two steps; returns the tokens forgotten."""
         done = threading.Event()
         forgotten: list[int] = []
 
         def reset() -> None:
-            forgotten.append(self._scheduler.coordinator.reset())
+            wanted = tiers is None or "device" in tiers
+            forgotten.append(self._scheduler.coordinator.reset() if wanted else 0)
             done.set()
 
         with self._wake:

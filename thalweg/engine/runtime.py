@@ -210,10 +210,13 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
 
 
 def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
-    """Prefix caches are shared only under the same weights, numerics and salt."""
-    about = f"{fingerprint(checkpoint)} {numerics}".encode()
+    """Prefix caches are shared only under the same weights, numerics, tenant and salt."""
+    about = f"{fingerprint(checkpoint)} {numerics}"
 
     def namespace(sequence: Sequence) -> bytes:
-        return blake2b(about + b"\0" + sequence.request.cache_salt.encode(), digest_size=16).digest()
+        request = sequence.request
+        parts = [part.encode() for part in (about, request.tenant, request.cache_salt)]
+        # With their lengths, so that no part can pass for the end of another.
+        return blake2b(b"".join(len(p).to_bytes(8, "big") + p for p in parts), digest_size=16).digest()
 
     return namespace
