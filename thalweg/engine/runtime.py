@@ -36,6 +36,7 @@ from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate
 from thalweg.text.tokenizer import Tokenizer
+from thalweg.types import GenerateRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULT_CACHE_BYTES = 4 * 2**30
@@ -212,11 +213,10 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
 def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
     """Prefix caches are shared only under the same weights, numerics, tenant and salt."""
     about = f"{fingerprint(checkpoint)} {numerics}"
+    return lambda sequence: namespace_of(about, sequence.request)
 
-    def namespace(sequence: Sequence) -> bytes:
-        request = sequence.request
-        parts = [part.encode() for part in (about, request.tenant, request.cache_salt)]
-        # With their lengths, so that no part can pass for the end of another.
-        return blake2b(b"".join(len(p).to_bytes(8, "big") + p for p in parts), digest_size=16).digest()
 
-    return namespace
+def namespace_of(about: str, request: GenerateRequest) -> bytes:
+    """The name of the prefixes that a request may share. Parts go in with their lengths: none can pass for another."""
+    parts = [part.encode() for part in (about, request.tenant, request.cache_salt)]
+    return blake2b(b"".join(len(part).to_bytes(8, "big") + part for part in parts), digest_size=16).digest()
