@@ -11,6 +11,7 @@ import numpy.typing as npt
 from thalweg.errors import ThalwegError
 
 TokenArray = npt.NDArray[np.int32]
+CACHE_TIERS = ("device", "host", "disk")  # where cached rows live, nearest first
 
 
 class FinishReason(StrEnum):
@@ -60,13 +61,15 @@ class SamplingParams:
 class GenerateRequest:
     """One sequence to continue. `prompt` is int32 [prompt_tokens], at least one token.
 
-    `cache_salt` separates prefix caches: prompts under different salts never share.
+    `tenant` and `cache_salt` separate prefix caches: prompts that differ in either never share. The tenant is the
+    server's own word, made of the caller's API key; the salt is the client's, and can only divide a tenant further.
     `cache_hints` are prompt positions at which later prompts are likely to diverge.
     """
 
     request_id: str
     prompt: TokenArray
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    tenant: str = ""
     cache_salt: str = ""
     cache_hints: tuple[int, ...] = ()
 
@@ -112,7 +115,7 @@ class CacheReport:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost. prompt_tokens = cached_tokens + computed prompt tokens."""
+    """What a request cost. prompt_tokens = cached_tokens + replayed tokens + computed_tokens."""
 
     prompt_tokens: int
     output_tokens: int
@@ -122,6 +125,11 @@ class Usage:
     @property
     def cached_tokens(self) -> int:
         return self.cache.cached_tokens
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens computed for the first time."""
+        return self.prompt_tokens - self.cache.cached_tokens - self.cache.replayed_tokens
 
 
 @dataclass(frozen=True, slots=True)

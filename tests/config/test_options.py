@@ -20,6 +20,10 @@ def test_precedence(tmp_path: Path) -> None:
     assert options.enable_prefix_caching is False and options.dtype == "auto"
 
 
+def test_the_variable_of_the_servers_key_is_no_engine_option() -> None:
+    assert load_options({}, environment={"THALWEG_API_KEY": "a key"}) == EngineOptions()
+
+
 def test_few_options() -> None:
     assert len(EngineOptions.__dataclass_fields__) <= 30
 

@@ -142,6 +142,13 @@ def test_reset_reports_what_it_forgot(engine: Engine) -> None:
     assert answer(engine, "b", [5] * 300).last.usage.cached_tokens == 0
 
 
+def test_reset_of_other_tiers_leaves_the_device(engine: Engine) -> None:
+    answer(engine, "a", [5] * 300)
+    assert engine.reset_prefix_cache(frozenset({"host", "disk"})) == 0
+    assert answer(engine, "b", [5] * 300).last.usage.cached_tokens == 256
+    assert engine.reset_prefix_cache(frozenset({"device"})) == 256
+
+
 def test_status_counts(engine: Engine, runner: CountingRunner) -> None:
     runner.gate.clear()
     outcomes: list[Outcome] = [submit(engine, str(i), [5] * 10) for i in range(5)]

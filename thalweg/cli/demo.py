@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def running_server(model: str) -> Iterator[tuple[Client, subprocess.Popen[str]]]
     command = [sys.executable, "-m", "thalweg", "serve", model, "--port", "0", "--max-num-seqs", "4"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        yield Client(f"http://127.0.0.1:{_ready_port(process)}"), process
+        yield Client(f"http://127.0.0.1:{_ready_port(process)}", os.environ.get("THALWEG_API_KEY")), process
     finally:
         process.terminate()
         try:

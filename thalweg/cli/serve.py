@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,12 @@ def serve(
     model: flags.Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(show_default=False, help="Key that clients must send; better in THALWEG_API_KEY.")
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(show_default=False, help="TOML file with a table [keys] of name = key.")
+    ] = None,
     config: flags.ConfigFile = None,
     served_model_name: flags.ServedName = None,
     device: flags.Device = None,
@@ -46,6 +53,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI chat completions and completions, /health, /metrics."""
     options = flags.options_from(locals())
+    from thalweg.server.access import load_keys
+
+    keys = load_keys(api_key, api_keys_file)
     listener = _listen(host, port)
     import uvicorn
 
@@ -57,7 +67,8 @@ def serve(
     with weights_progress() as progress:
         runtime = build_runtime(options, progress)
     _print_report(runtime)
-    app = create_app(Service(runtime))
+    print(f"API keys of: {', '.join(keys.names)}" if keys.names else "no API key is needed")
+    app = create_app(Service(runtime), keys)
 
     class Server(uvicorn.Server):
         """Ends the engine as soon as a signal comes: open streams then end with an error instead of being cut."""

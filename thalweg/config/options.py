@@ -18,6 +18,8 @@ _BYTES = ("kv_cache_memory", "kv_host_memory", "kv_disk_space")
 _POLICIES = ("boundary", "full", "exact-replay", "bounded-replay")
 _BYTE_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "TIB": 2**40, "TB": 10**12, "T": 2**40}
 
+_OF_SERVERS = frozenset({"THALWEG_API_KEY"})  # variables that are no engine options
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -140,7 +142,7 @@ def load_options(
             raise ConfigError(f"--config {file}: {error}", param="config") from error
     source = os.environ if environment is None else environment
     prefix = "THALWEG_"
-    merged |= {k[len(prefix) :].lower(): v for k, v in source.items() if k.startswith(prefix)}
+    merged |= {k[len(prefix) :].lower(): v for k, v in source.items() if k.startswith(prefix) and k not in _OF_SERVERS}
     merged |= {k: v for k, v in flags.items() if v is not None}
     for name in merged:
         if name not in known:

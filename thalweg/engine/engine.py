@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from thalweg.cache.coordinator import GroupUsage
 from thalweg.engine.plan import StepPlan, StepResult
@@ -29,6 +29,8 @@ from thalweg.errors import (
     ThalwegError,
     UnavailableError,
 )
+from thalweg.memory.tier import TierUsage
+from thalweg.metrics.prometheus import TierGauges
 from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, TokenEvent
 
 _log = logging.getLogger("thalweg.engine")
@@ -143,6 +145,10 @@ class Engine:
             self._wake.notify()
         done.wait()
         return forgotten[0]
+
+    def tiers(self) -> tuple[TierGauges, ...]:
+        """What the tiers below the device hold and did, by any thread."""
+        return tuple(_gauges(name, tier.usage()) for name, tier in self._scheduler.tiering.tiers.items())
 
     def _post(self, action: Callable[[], None]) -> None:
         """Run an action on the engine thread, between two steps."""
@@ -346,3 +352,11 @@ class Engine:
         }
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
         return EngineStatus(running, waiting, coordinator.usage(), counters, not self._closing, self._failure)
+
+
+def _gauges(name: str, usage: TierUsage) -> TierGauges:
+    counts = asdict(usage)
+    held = {kind: counts.pop(f"{kind}_bytes") for kind in ("rows", "checkpoint")}
+    held["other"] = counts.pop("bytes") - sum(held.values())
+    records = counts.pop("rows_records") + counts.pop("checkpoint_records")
+    return TierGauges(name, counts.pop("capacity_bytes"), records, held, counts)

@@ -45,6 +45,7 @@ from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate
 from thalweg.text.tokenizer import Tokenizer
+from thalweg.types import GenerateRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULT_CACHE_BYTES = 4 * 2**30
@@ -255,19 +256,21 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
 def _namespaces(
     checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy
 ) -> Callable[[Sequence], Namespace]:
-    """Prefix caches are shared only under the same weights, tokenizer, numerics and salt, and never with rows that an
-    approximate policy made."""
+    """Prefix caches are shared only under the same weights, tokenizer, numerics, tenant and salt, and never with rows
+    that an approximate policy made."""
     words = (checkpoint.directory / "tokenizer.json").read_bytes()
     about = f"{fingerprint(checkpoint)} {numerics} {policy.unit_tokens} {policy.approximation}".encode()
-    about = _digest(about, words)
-
-    def namespace(sequence: Sequence) -> Namespace:
-        salt = sequence.request.cache_salt.encode()
-        return Namespace(_digest(b"own", about, salt), _digest(b"content", salt), _digest(b"tenant"))
-
-    return namespace
+    computed = digest_of(about, words)
+    return lambda sequence: namespace_of(computed, sequence.request)
 
 
-def _digest(*parts: bytes) -> bytes:
-    """16 bytes that stand for these parts and no others."""
+def namespace_of(computed: bytes, request: GenerateRequest) -> Namespace:
+    """The namespace of the prefixes that a request may share; `computed` stands for everything that made their rows."""
+    tenant, salt = request.tenant.encode(), request.cache_salt.encode()
+    own = digest_of(b"own", computed, tenant, salt)
+    return Namespace(own, digest_of(b"content", tenant, salt), digest_of(b"tenant", tenant))
+
+
+def digest_of(*parts: bytes) -> bytes:
+    """16 bytes that stand for these parts. They go in with their lengths: none can pass for another."""
     return blake2b(b"".join(len(part).to_bytes(8, "little") + part for part in parts), digest_size=16).digest()

@@ -26,6 +26,26 @@ class PoolGauges:
     used_blocks: int
     cached_blocks: int
     block_bytes: int
+    block_rows: int
+
+    @property
+    def cached_bytes(self) -> int:
+        return self.cached_blocks * self.block_bytes
+
+    @property
+    def cached_rows(self) -> int:
+        return self.cached_blocks * self.block_rows
+
+
+@dataclass(frozen=True, slots=True)
+class TierGauges:
+    """A tier below the device. `used_bytes` by kind (rows, checkpoint); `counters` such as hits or write_bytes."""
+
+    name: str
+    capacity_bytes: int
+    records: int
+    used_bytes: Mapping[str, int]
+    counters: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +56,18 @@ class EngineGauges:
     waiting: int
     pools: tuple[PoolGauges, ...]
     counters: Mapping[str, float]
+    tiers: tuple[TierGauges, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRequest:
-    """What a request came to. `seconds` from arrival to end."""
+    """What a request came to. `seconds` from arrival to end; `prompt_sources` adds up to prompt_tokens."""
 
     reason: str
     miss_reason: str
     prompt_tokens: int
     output_tokens: int
+    prompt_sources: Mapping[str, int]
     cached_tokens: int
     seconds: float
 
@@ -66,14 +88,31 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(f"{prefix}kv_cache_usage_perc", "Fullest pool, 0 to 1.", value=_fullest(now.pools))
             value = now.counters.get("preemptions", 0)
             yield CounterMetricFamily(f"{prefix}num_preemptions", "Requests that gave way.", value=value)
-        for name in ("total_blocks", "used_blocks", "cached_blocks", "block_bytes"):
+        for name in ("total_blocks", "used_blocks", "cached_blocks", "block_bytes", "cached_bytes", "cached_rows"):
             family = GaugeMetricFamily(f"thalweg_cache_{name}", f"{name} of a cache group.", labels=["group"])
             for pool in now.pools:
                 family.add_metric([pool.group], getattr(pool, name))
             yield family
+        yield from _tier_metrics(now.tiers)
         for name, value in now.counters.items():
             if name != "preemptions":
                 yield CounterMetricFamily(f"thalweg_engine_{name}", f"Engine counter {name}.", value=value)
+
+
+def _tier_metrics(tiers: tuple[TierGauges, ...]) -> Iterable[Metric]:
+    used = GaugeMetricFamily("thalweg_cache_tier_bytes", "Bytes in use of a tier.", labels=["tier", "kind"])
+    capacity = GaugeMetricFamily("thalweg_cache_tier_capacity_bytes", "Byte limit of a tier.", labels=["tier"])
+    records = GaugeMetricFamily("thalweg_cache_tier_records", "Records in a tier.", labels=["tier"])
+    counters: dict[str, CounterMetricFamily] = {}
+    for tier in tiers:
+        capacity.add_metric([tier.name], tier.capacity_bytes)
+        records.add_metric([tier.name], tier.records)
+        for kind, size in tier.used_bytes.items():
+            used.add_metric([tier.name, kind], size)
+        for name, value in tier.counters.items():
+            family = CounterMetricFamily(f"thalweg_cache_tier_{name}", f"{name} of a tier.", labels=["tier"])
+            counters.setdefault(name, family).add_metric([tier.name], value)
+    yield from (used, capacity, records, *counters.values())
 
 
 def _fullest(pools: tuple[PoolGauges, ...]) -> float:
@@ -100,6 +139,11 @@ class RequestMetrics:
             "thalweg_prefix_cache_requests", "Requests by why no more was cached.", ["reason"], registry=self._registry
         )
 
+        self._sources = Counter(
+            "thalweg_prompt_tokens_by_source", "Prompt tokens by where they came from.", ["source"],
+            registry=self._registry,
+        )  # fmt: skip
+
     def first_token(self, seconds: float) -> None:
         for histogram in self._ttft:
             histogram.observe(seconds)
@@ -111,6 +155,8 @@ class RequestMetrics:
     def finished(self, request: FinishedRequest) -> None:
         self._finished.labels(request.reason).inc()
         self._misses.labels(request.miss_reason).inc()
+        for source, tokens in request.prompt_sources.items():
+            self._sources.labels(source).inc(tokens)
         for counters, value in (
             (self._prompt, request.prompt_tokens),
             (self._output, request.output_tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,12 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import thalweg
-from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableError
+from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableError, nearest
+from thalweg.server.access import ApiKeys, KeyCheck
 from thalweg.server.chat import chat_completions, encode_conversation
 from thalweg.server.completions import completions
 from thalweg.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from thalweg.server.service import MAX_BODY_BYTES, Service
 from thalweg.server.wire import error_response
+from thalweg.types import CACHE_TIERS
 
 
 class BodyTooLargeError(RequestError):
@@ -34,8 +37,8 @@ class WrongContentTypeError(RequestError):
     status = 415
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application over one service. Starting and stopping the engine belongs to its lifespan."""
+def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
+    """The application over one service, open to all without `keys`. Its lifespan starts and stops the engine."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -44,6 +47,8 @@ def create_app(service: Service) -> FastAPI:
         service.runtime.engine.close()
 
     app = FastAPI(title="thalweg", version=thalweg.__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    if keys is not None and keys.names:
+        app.add_middleware(KeyCheck, keys=keys)
     _add_errors(app)
     _add_models(app, service)
     _add_generation(app, service)
@@ -78,6 +83,21 @@ def _json_of(body: bytes) -> Any:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"the body is not JSON: {error}") from error
+
+
+def _tiers_of(request: Request) -> frozenset[str]:
+    """The query `tiers=device,host`; all of them where it is left out."""
+    for name in request.query_params:
+        if name != "tiers":
+            raise RequestError(f"{name} is not a supported parameter.{nearest(name, ['tiers'])}", param=name)
+    if "tiers" not in request.query_params:
+        return frozenset(CACHE_TIERS)
+    tiers = ",".join(request.query_params.getlist("tiers")).split(",")
+    for tier in tiers:
+        if tier not in CACHE_TIERS:
+            known = f"{nearest(tier, CACHE_TIERS)} Tiers: {', '.join(CACHE_TIERS)}."
+            raise RequestError(f"tiers has {tier!r}, which is no tier.{known}", param="tiers")
+    return frozenset(tiers)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -165,8 +185,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/reset_prefix_cache")
-    async def reset() -> dict[str, int]:
-        return {"forgotten_tokens": await service.off_loop(1 << 30, runtime.engine.reset_prefix_cache)}
+    async def reset(request: Request) -> dict[str, int]:
+        tiers = _tiers_of(request)
+        return {"forgotten_tokens": await asyncio.to_thread(runtime.engine.reset_prefix_cache, tiers)}
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from thalweg.errors import RequestError, nearest
-from thalweg.server.choices import close_all, collected, merged
+from thalweg.server.access import caller_of
+from thalweg.server.cache_report import CacheReporting
+from thalweg.server.choices import close_all, collected, final_usages, merged
 from thalweg.server.generation import Generation, Piece
 from thalweg.server.schemas import ChatBody
-from thalweg.server.service import LONG_TEXT, Prompt, Service, new_id
+from thalweg.server.service import LONG_TEXT, CacheSpace, Prompt, Service, new_id
 from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import chat_logprobs, usage_fields
 from thalweg.text.chat import (
@@ -41,6 +43,8 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
     logprobs, stops = body.wanted_logprobs(), body.stops()
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+    reporting = CacheReporting.of(request, body.return_cache_report)
+    cache = CacheSpace(caller_of(request), body.salt())
     encoded = await encode_conversation(service, body)
     prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries)
     response_id = new_id("chatcmpl")
@@ -50,15 +54,16 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
             max_tokens = body.max_completion_tokens or body.max_tokens
             sampling = body.sampling(max_tokens=max_tokens, logprobs=logprobs, choice=choice)
             parser = ChatParser(service.runtime.tokenizer, encoded.starts_in)
-            name, salt = f"{response_id}-{choice}", body.cache_salt or ""
-            generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, salt=salt))
+            name = f"{response_id}-{choice}"
+            generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache))
     except BaseException:
         close_all(generations)
         raise
-    answer = _Answer(service, body, response_id, generations, encoded)
+    answer = _Answer(service, body, response_id, generations, encoded, reporting)
     if body.stream:
         return EventStream(answer.stream(), lambda: close_all(generations))
-    return JSONResponse(answer.whole(await collected(request, generations)))
+    pieces = await collected(request, generations)
+    return JSONResponse(answer.whole(pieces), headers=reporting.headers(final_usages(pieces)))
 
 
 async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
@@ -127,17 +132,24 @@ class _Answer:
     """Chunks and the whole response of one request."""
 
     def __init__(
-        self, service: Service, body: ChatBody, response_id: str, generations: list[Generation], prompt: ChatPrompt
+        self,
+        service: Service,
+        body: ChatBody,
+        response_id: str,
+        generations: list[Generation],
+        prompt: ChatPrompt,
+        reporting: CacheReporting,
     ) -> None:
         self._service = service
         self._body = body
         self._generations = generations
         self._choices = [_Choice(prompt.thinking) for _ in generations]
         self._options = body.stream_options
+        self._reporting = reporting
         self._common = {"id": response_id, "created": int(time.time()), "model": service.runtime.model_name}
 
     def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
-        choices, usages = [], []
+        choices, usages = [], final_usages(pieces)
         for index, own in enumerate(pieces):
             choice = self._choices[index]
             for piece in own:
@@ -152,8 +164,8 @@ class _Answer:
             finish = self._finish(index, own[-1].finish)
             logprobs = self._logprobs([token for piece in own for token in piece.tokens])
             choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
-            usages += [piece.usage for piece in own[-1:] if piece.usage is not None]
-        return {**self._common, "object": "chat.completion", "choices": choices, "usage": self._usage(usages)}
+        about = {"usage": self._usage(usages), **self._reporting.of_response(usages)}
+        return {**self._common, "object": "chat.completion", "choices": choices, **about}
 
     async def stream(self) -> AsyncGenerator[Message, None]:
         usages: dict[int, Usage] = {}
@@ -187,7 +199,7 @@ class _Answer:
         continuous = self._options is not None and self._options.continuous_usage_stats
         usage = {"usage": self._usage(usages)} if continuous else {}
         return [
-            usage | self._chunk([{
+            usage | self._reporting.of_chunk(piece.usage, last=finish is not None and place == last) | self._chunk([{
                 "index": index,
                 "delta": fields,
                 "logprobs": logprobs if place == last else None,

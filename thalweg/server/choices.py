@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from thalweg.errors import CancelledError
 from thalweg.server.generation import Generation, Piece
+from thalweg.types import Usage
 
 
 async def merged(generations: list[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -64,6 +65,11 @@ async def collected(request: Request, generations: list[Generation]) -> list[lis
             task.cancel()
         await asyncio.gather(work, watch, return_exceptions=True)
     return pieces
+
+
+def final_usages(pieces: list[list[Piece]]) -> list[Usage]:
+    """What each choice cost."""
+    return [own[-1].usage for own in pieces if own[-1].usage is not None]
 
 
 async def _disconnected(request: Request) -> None:

@@ -11,10 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from thalweg.errors import RequestError
-from thalweg.server.choices import close_all, collected, merged
+from thalweg.server.access import caller_of
+from thalweg.server.cache_report import CacheReporting
+from thalweg.server.choices import close_all, collected, final_usages, merged
 from thalweg.server.generation import Generation, Piece, PlainReader
 from thalweg.server.schemas import CompletionBody
-from thalweg.server.service import Prompt, Service, new_id
+from thalweg.server.service import CacheSpace, Prompt, Service, new_id
 from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import completion_logprobs, usage_fields
 from thalweg.types import Usage
@@ -25,6 +27,8 @@ _MOST_PROMPTS = 64
 async def completions(service: Service, body: CompletionBody, request: Request) -> Response:
     """Answer one request; several prompts and `n` give several choices, prompt by prompt."""
     service.check_model(body.model)
+    reporting = CacheReporting.of(request, body.return_cache_report)
+    cache = CacheSpace(caller_of(request), body.salt())
     prompts = await _prompts(service, body)
     stops, count = body.stops(), body.n or 1
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default of this endpoint
@@ -34,16 +38,16 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
             for choice in range(count):
                 sampling = body.sampling(max_tokens=max_tokens, logprobs=body.logprobs, choice=choice)
                 reader = PlainReader(service.runtime.tokenizer)
-                salt = body.cache_salt or ""
-                started = service.start(prompt, sampling, reader, request_id=new_id("cmpl"), stops=stops, salt=salt)
-                generations.append(started)
+                name = new_id("cmpl")
+                generations.append(service.start(prompt, sampling, reader, request_id=name, stops=stops, cache=cache))
     except BaseException:
         close_all(generations)
         raise
-    answer = _Answer(service, body, generations, count)
+    answer = _Answer(service, body, generations, count, reporting)
     if body.stream:
         return EventStream(answer.stream(), lambda: close_all(generations))
-    return JSONResponse(answer.whole(await collected(request, generations)))
+    pieces = await collected(request, generations)
+    return JSONResponse(answer.whole(pieces), headers=reporting.headers(final_usages(pieces)))
 
 
 async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
@@ -65,12 +69,20 @@ async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
 class _Answer:
     """Chunks and the whole response of one request."""
 
-    def __init__(self, service: Service, body: CompletionBody, generations: list[Generation], per_prompt: int) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: CompletionBody,
+        generations: list[Generation],
+        per_prompt: int,
+        reporting: CacheReporting,
+    ) -> None:
         self._service = service
         self._body = body
         self._generations = generations
         self._per_prompt = per_prompt
         self._options = body.stream_options
+        self._reporting = reporting
         self._common = {
             "id": generations[0].request.request_id,
             "object": "text_completion",
@@ -80,9 +92,9 @@ class _Answer:
 
     def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
         choices = [self._choice(i, "".join(p.text for p in own), own, 0) for i, own in enumerate(pieces)]
-        last = {i: own[-1].usage for i, own in enumerate(pieces)}
-        usage = self._usage({i: u for i, u in last.items() if u is not None})
-        return {**self._common, "choices": choices, "usage": usage}
+        usages = final_usages(pieces)
+        about = {"usage": self._usage(dict(enumerate(usages))), **self._reporting.of_response(usages)}
+        return {**self._common, "choices": choices, **about}
 
     async def stream(self) -> AsyncGenerator[Message, None]:
         usages: dict[int, Usage] = {}
@@ -102,6 +114,7 @@ class _Answer:
     def _part(self, index: int, piece: Piece, offset: int, usages: dict[int, Usage]) -> dict[str, Any]:
         """One chunk of a stream."""
         chunk = {**self._common, "choices": [self._choice(index, piece.text, [piece], offset)]}
+        chunk |= self._reporting.of_chunk(piece.usage, last=piece.finish is not None)
         if self._options and self._options.continuous_usage_stats:
             chunk["usage"] = self._usage(usages)
         return chunk

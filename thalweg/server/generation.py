@@ -13,7 +13,16 @@ from thalweg.metrics.prometheus import FinishedRequest, RequestMetrics
 from thalweg.text.deltas import ContentText, Delta
 from thalweg.text.stream import StopMatcher, TokenStream
 from thalweg.text.tokenizer import Tokenizer
-from thalweg.types import Event, FinishReason, GenerateRequest, PrefillProgress, SampledToken, TokenEvent, Usage
+from thalweg.types import (
+    CacheReport,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    PrefillProgress,
+    SampledToken,
+    TokenEvent,
+    Usage,
+)
 
 
 class EngineHandle(Protocol):
@@ -79,12 +88,14 @@ class Generation:
         reader: OutputReader,
         stops: tuple[str, ...],
         metrics: RequestMetrics,
+        on_served: Callable[[CacheReport], None],
     ) -> None:
-        """Submits at once: raises what `Engine.submit` raises."""
+        """Submits at once: raises what `Engine.submit` raises. `on_served` hears of an end that is no failure."""
         self.request = request
         self.reader = reader
         self._engine = engine
         self._metrics = metrics
+        self._on_served = on_served
         self._produced = 0
         self._stop = StopMatcher(stops, lambda: self._produced >= request.sampling.min_tokens)
         self._ended = False
@@ -125,6 +136,7 @@ class Generation:
             deltas += [ContentText(rest)] if rest else []
         if finish is not None:
             self._end(finish, usage)
+            self._on_served(usage.cache)
         return Piece(tuple(deltas), tokens, usage, finish)
 
     def _read(self, event: TokenEvent) -> tuple[list[Delta], tuple[SampledToken, ...]]:
@@ -169,6 +181,13 @@ class Generation:
                 miss_reason=usage.cache.reason.value,
                 prompt_tokens=usage.prompt_tokens,
                 output_tokens=usage.output_tokens,
+                prompt_sources={
+                    "device": usage.cache.device_tokens,
+                    "host": usage.cache.host_tokens,
+                    "disk": usage.cache.disk_tokens,
+                    "replayed": usage.cache.replayed_tokens,
+                    "computed": usage.computed_tokens,
+                },
                 cached_tokens=usage.cached_tokens,
                 seconds=time.monotonic() - self._arrived,
             )

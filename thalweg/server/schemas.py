@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,7 +16,7 @@ from thalweg.types import SamplingParams
 # Fields of the public APIs that cannot change an answer here; accepted and without effect.
 WITHOUT_EFFECT = (
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "user", "user_id",
+    "service_tier", "store", "user",
 )  # fmt: skip
 MOST_LOGPROBS = 20
 MOST_CHOICES = 16
@@ -91,6 +92,8 @@ class SamplingBody(BaseModel):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: StrictStr | None = None
+    user_id: StrictStr | None = None
+    return_cache_report: StrictBool | None = None
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings, empty ones left out: they would stop every answer at once."""
@@ -98,6 +101,13 @@ class SamplingBody(BaseModel):
         if "" in given:
             raise RequestError("stop has an empty string", param="stop")
         return tuple(given)
+
+    def salt(self) -> str:
+        """What divides the tenant's cache further: cache_salt, and the user_id by which DeepSeek's API divides its own.
+
+        A list in JSON, because no pair may look like another; empty where neither is given.
+        """
+        return json.dumps([self.cache_salt or "", self.user_id or ""]) if self.cache_salt or self.user_id else ""
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None, choice: int) -> SamplingParams:
         """Sampling of choice number `choice`: each has a seed of its own."""

@@ -14,7 +14,9 @@ import numpy as np
 from thalweg.engine.runtime import Runtime
 from thalweg.errors import RequestError, UnknownModelError, nearest
 from thalweg.metrics.prometheus import EngineGauges, PoolGauges, RequestMetrics
+from thalweg.server.access import Caller
 from thalweg.server.generation import Generation, OutputReader
+from thalweg.server.repeats import RepeatWatch
 from thalweg.types import GenerateRequest, SamplingParams, TokenArray
 
 MAX_BODY_BYTES = 64 * 2**20
@@ -31,6 +33,14 @@ class Prompt:
     hints: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CacheSpace:
+    """The prefixes that a request may share: the caller's, divided further by the client's own salt."""
+
+    caller: Caller
+    salt: str
+
+
 def new_id(prefix: str) -> str:
     """A response id that nobody can guess."""
     return f"{prefix}-{secrets.token_hex(12)}"
@@ -43,6 +53,7 @@ class Service:
         self.runtime = runtime
         self.metrics = RequestMetrics(self._gauges)
         self.created = int(time.time())
+        self._watches: dict[str, RepeatWatch] = {}  # by tenant
 
     def check_model(self, name: str | None) -> None:
         """Raise UnknownModelError unless the request names this model, or none."""
@@ -75,25 +86,35 @@ class Service:
         *,
         request_id: str,
         stops: tuple[str, ...] = (),
-        salt: str = "",
+        cache: CacheSpace | None = None,
     ) -> Generation:
         """Submit a request to the engine; must run on the event loop."""
+        caller, salt = (cache.caller, cache.salt) if cache else (Caller(), "")
         request = GenerateRequest(
             request_id=request_id,
             prompt=prompt.tokens,
             sampling=sampling,
+            tenant=caller.tenant,
             cache_salt=salt,
             cache_hints=prompt.hints,
         )
-        return Generation(self.runtime.engine, request, reader, stops, self.metrics)
+        if caller.tenant not in self._watches:
+            self._watches[caller.tenant] = RepeatWatch(caller.name, self.runtime.model_config.unit_tokens)
+        on_served = self._watches[caller.tenant].begin(prompt.tokens)
+        return Generation(self.runtime.engine, request, reader, stops, self.metrics, on_served)
 
     def _gauges(self) -> EngineGauges:
         status, plan = self.runtime.engine.status(), self.runtime.cache_plan
-        sizes = {spec.group.value: plan.layout.block_bytes(spec) for spec in plan.groups}
+        specs = {spec.group.value: spec for spec in plan.groups}
         pools = tuple(
             PoolGauges(
-                g.group, g.total_blocks, g.total_blocks - g.free_blocks - g.idle_blocks, g.cached_blocks, sizes[g.group]
+                group=g.group,
+                total_blocks=g.total_blocks,
+                used_blocks=g.total_blocks - g.free_blocks - g.idle_blocks,
+                cached_blocks=g.cached_blocks,
+                block_bytes=plan.layout.block_bytes(specs[g.group]),
+                block_rows=sum(s.rows_per_block * len(s.layers) for s in specs[g.group].streams),
             )
             for g in status.groups
         )
-        return EngineGauges(status.running, status.waiting, pools, status.counters)
+        return EngineGauges(status.running, status.waiting, pools, status.counters, self.runtime.engine.tiers())

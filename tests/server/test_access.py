@@ -1,0 +1,216 @@
+"""API keys, and that no two of them share a prefix. Proved by counters, never by timing."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.conftest import Server, start
+from thalweg.errors import ConfigError
+from thalweg.server.access import ApiKeys, load_keys
+
+ALICE, BOB, DEFAULT = "alice-key-0123456", "bob-key-0123456789", "variable-key-01234"
+MODEL = "thalweg-tiny"
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two keys in a file that everybody can read, and one in the environment."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(f'[keys]\nalice = "{ALICE}"\nbob = "{BOB}"\n')
+    file.chmod(0o644)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THALWEG_API_KEY", DEFAULT)
+        server = start("--api-keys-file", str(file))
+    yield server
+    server.process.terminate()
+    server.process.wait(10)
+
+
+def as_caller(server: Server, key: str) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def hits(server: Server) -> float:
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    return next(s.value for f in families for s in f.samples if s.name == "thalweg_prefix_cache_hits_total")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/tokenize"),
+        ("POST", "/detokenize"),
+        ("POST", "/reset_prefix_cache"),
+        ("GET", "/v1/models"),
+        ("GET", "/openapi.json"),
+        ("GET", "/no/such/place"),
+        ("GET", "/health/../v1/models"),
+    ],
+)
+def test_without_a_known_key_there_is_only_401(guarded: Server, method: str, path: str) -> None:
+    unknown = "nobody-s-key-0123"
+    schemes = ("Bearer", ALICE, f"Basic {ALICE}", f"Bearer {unknown}", f"Bearer {ALICE[:-1]}", f"Bearer {ALICE}x")
+    wrong: list[dict[str, str]] = [{}, *({"Authorization": value} for value in schemes)]
+    wrong += [{"x-api-key": unknown}, {"x-api-key": ""}, {"x-api-key": ALICE, **bearer(unknown)}]
+    for headers in wrong:
+        response = httpx.request(method, guarded.url + path, headers=headers)
+        assert response.status_code == 401, (headers, response.text)
+        error = response.json()["error"]
+        assert error["code"] == "invalid_api_key" and set(error) == {"message", "type", "param", "code"}
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert not any(value in response.text for value in headers.values() if len(value) > 7)
+
+
+def test_what_monitors_ask_is_open(guarded: Server) -> None:
+    for path in ("/health", "/version", "/metrics"):
+        assert httpx.get(guarded.url + path).status_code == 200
+
+
+def test_every_way_to_show_a_key(guarded: Server) -> None:
+    for headers in (
+        bearer(ALICE), bearer(BOB), bearer(DEFAULT), {"x-api-key": ALICE}, {"authorization": f"bearer {BOB}"},
+        {"Authorization": "Basic eA==", "x-api-key": ALICE},
+    ):  # fmt: skip
+        assert httpx.post(f"{guarded.url}/v1/chat/completions", json=HELLO, headers=headers).status_code == 200
+        assert httpx.get(f"{guarded.url}/no/such/place", headers=headers).status_code == 404
+
+
+def test_the_openai_client(guarded: Server) -> None:
+    assert [m.id for m in as_caller(guarded, ALICE).models.list()] == [MODEL]
+    with pytest.raises(openai.AuthenticationError) as caught:
+        as_caller(guarded, "nobody-s-key-0123").chat.completions.create(model=MODEL, **HELLO)
+    assert caught.value.code == "invalid_api_key"
+
+
+def chat(client: OpenAI, text: str, **extra: str) -> int:
+    """Cached tokens of a chat request."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": text}], max_tokens=1, extra_body=extra
+    )
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+def complete(client: OpenAI, text: str, **extra: str) -> int:
+    """Cached tokens of a streamed completion."""
+    options = {"include_usage": True}
+    chunks = client.completions.create(
+        model=MODEL, prompt=text, max_tokens=1, stream=True, stream_options=options, extra_body=extra
+    )
+    return list(chunks)[-1].usage.prompt_tokens_details.cached_tokens
+
+
+@pytest.mark.parametrize("cached_tokens", [chat, complete])
+@pytest.mark.parametrize("extra", [{}, {"cache_salt": "same"}, {"user_id": "same"}])
+def test_two_keys_never_share_and_one_key_does(guarded: Server, cached_tokens, extra: dict) -> None:
+    text = str(uuid.uuid4()) + " some words" * 200
+    alice, bob = as_caller(guarded, ALICE), as_caller(guarded, BOB)
+    before = hits(guarded)
+    assert cached_tokens(alice, text, **extra) == 0
+    assert cached_tokens(bob, text, **extra) == 0
+    assert cached_tokens(as_caller(guarded, DEFAULT), text, **extra) == 0
+    assert hits(guarded) == before
+    own = [cached_tokens(client, text, **extra) for client in (alice, bob)]
+    assert own[0] == own[1] > 300
+    assert hits(guarded) == before + sum(own)
+
+
+def test_salt_and_user_divide_a_tenant_and_cannot_be_mistaken_for_each_other(guarded: Server) -> None:
+    text = str(uuid.uuid4()) + " some words" * 100
+    alice = as_caller(guarded, ALICE)
+    spaces = [
+        {}, {"cache_salt": "ab"}, {"user_id": "ab"}, {"cache_salt": "a", "user_id": "b"}, {"cache_salt": '["ab", ""]'},
+        {"cache_salt": "ab\0"}, {"cache_salt": "\0ab"},
+    ]  # fmt: skip
+    assert [chat(alice, text, **space) for space in spaces] == [0] * len(spaces)
+    assert all(chat(alice, text, **space) > 0 for space in spaces)
+    assert chat(alice, text, prompt_cache_key="k", user="u") > 0
+
+
+def test_prompts_that_repeat_without_a_hit_are_noticed_once_and_no_key_is_ever_shown() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THALWEG_API_KEY", "not this one, as the flag is stronger")
+        server = start("--api-key", ALICE)
+    try:
+        client = as_caller(server, ALICE)
+        assert all(chat(client, "word " * 200, cache_salt=str(i)) == 0 for i in range(25))
+        metrics = httpx.get(f"{server.url}/metrics").text
+    finally:
+        server.process.terminate()
+        server.process.wait(10)
+    log = server.process.stderr.read()
+    assert log.count("began like earlier ones and none hit the prefix cache") == 1
+    assert "20 prompts of 'default'" in log
+    assert ALICE not in log + metrics
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[keys]\nann = "short"', "API key 'ann' has 5 characters; at least 8"),
+        ('[keys]\nann = ""', "API key 'ann' has 0 characters"),
+        ('[keys]\nann = "long enough"', "API key 'ann': only ASCII"),
+        ('[keys]\nann = "länger-als-acht"', "API key 'ann': only ASCII"),
+        ('[keys]\nann = "secret-one"\nben = "secret-one"', "API key 'ben' is the same as 'ann'"),
+        ('[keys]\nann = "secret-one"\nann = "secret-two"', "Cannot overwrite a value"),
+        ("[keys]\nann = 12345678", "API key 'ann' is not a text"),
+        ("[keys]", r"a table \[keys\]"),
+        ("", r"a table \[keys\]"),
+        ("keys = 5", r"a table \[keys\]"),
+        ('[key]\nann = "secret-one"', "unknown entry 'key'. Did you mean 'keys'"),
+        ("[keys", "keys.toml"),
+    ],
+)
+def test_wrong_key_files_are_refused(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_keys(None, file, {})
+    assert "secret" not in caught.value.message
+
+
+def test_wrong_single_keys_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_keys(None, tmp_path / "nothing.toml", {})
+    for flag, environment in (("", {}), (None, {"THALWEG_API_KEY": ""})):
+        with pytest.raises(ConfigError, match="'default' has 0 characters"):
+            load_keys(flag, None, environment)
+    file = tmp_path / "keys.toml"
+    file.write_text('[keys]\ndefault = "secret-one"')
+    with pytest.raises(ConfigError, match="'default' is that of --api-key"):
+        load_keys("secret-two", file, {})
+    assert load_keys(None, None, {}).names == ()
+
+
+def test_only_a_readable_file_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[keys]\nann = "secret-one"')
+    file.chmod(0o600)
+    assert load_keys(None, file, {}).names == ("ann",)
+    assert caplog.text == ""
+    file.chmod(0o640)
+    load_keys(None, file, {})
+    assert "can be read by other users" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_tenant_is_that_of_the_key_whatever_its_name_and_whenever() -> None:
+    one, other = ApiKeys({"a": "secret-one"}), ApiKeys({"b": "secret-two", "c": "secret-one"})
+    found, again = one.caller(b"secret-one"), other.caller(b"secret-one")
+    assert found is not None and again is not None and (found.name, again.name) == ("a", "c")
+    assert found.tenant == again.tenant == "6271329bc23bc326a66fd0f949003c82e14e5bed1e924ade8fe050b067928c20"
+    assert one.caller(b"secret-two") is None and one.caller(b"\xff") is None

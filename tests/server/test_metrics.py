@@ -1,0 +1,40 @@
+"""Tiers below the device in /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from thalweg.metrics.prometheus import EngineGauges, RequestMetrics, TierGauges
+
+
+def samples(tiers: tuple[TierGauges, ...]) -> dict[tuple[str, ...], float]:
+    text = RequestMetrics(lambda: EngineGauges(0, 0, (), {}, tiers)).exposition().decode()
+    families = text_string_to_metric_families(text)
+    return {
+        (s.name, *(s.labels[name] for name in ("tier", "kind") if name in s.labels)): s.value
+        for f in families
+        for s in f.samples
+        if "cache_tier" in s.name
+    }
+
+
+def test_every_tier_has_its_bytes_records_and_counters() -> None:
+    host = TierGauges("host", 1000, 3, {"rows": 70, "checkpoint": 30}, {"hits": 5, "evicted": 1})
+    disk = TierGauges("disk", 9000, 8, {"rows": 700}, {"hits": 2, "read_failures": 4})
+    assert samples((host, disk)) == {
+        ("thalweg_cache_tier_capacity_bytes", "host"): 1000,
+        ("thalweg_cache_tier_capacity_bytes", "disk"): 9000,
+        ("thalweg_cache_tier_records", "host"): 3,
+        ("thalweg_cache_tier_records", "disk"): 8,
+        ("thalweg_cache_tier_bytes", "host", "rows"): 70,
+        ("thalweg_cache_tier_bytes", "host", "checkpoint"): 30,
+        ("thalweg_cache_tier_bytes", "disk", "rows"): 700,
+        ("thalweg_cache_tier_hits_total", "host"): 5,
+        ("thalweg_cache_tier_hits_total", "disk"): 2,
+        ("thalweg_cache_tier_evicted_total", "host"): 1,
+        ("thalweg_cache_tier_read_failures_total", "disk"): 4,
+    }
+
+
+def test_without_tiers_there_is_nothing_to_show() -> None:
+    assert samples(()) == {}
