@@ -18,6 +18,7 @@ from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.engine import Engine, EngineLimits
 from thalweg.engine.plan import StepPlan, StepResult
+from thalweg.engine.request import Sequence
 from thalweg.engine.runner import ModelRunner, Runner
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
@@ -27,7 +28,7 @@ from thalweg.memory.capacity import CachePlan, plan_cache
 from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
-from thalweg.types import Event, GenerateRequest, PrefillProgress, SamplingParams, TokenEvent
+from thalweg.types import Event, GenerateRequest, PrefillProgress, SampledToken, SamplingParams, TokenEvent
 
 EOS = 1
 
@@ -42,6 +43,7 @@ class Shape:
     checkpoint_interval: int = 256
     prefix_caching: bool = True
     simulate_quantization: bool = False
+    deterministic: bool = False
 
 
 class Models:
@@ -50,7 +52,9 @@ class Models:
     def __init__(self) -> None:
         self._weights: dict[str, dict[str, torch.Tensor]] = {}
 
-    def runner(self, fields: dict[str, Any], shape: Shape) -> tuple[ModelRunner, CachePlan]:
+    def runner(
+        self, fields: dict[str, Any], shape: Shape, sampler: Sampler | None = None
+    ) -> tuple[ModelRunner, CachePlan]:
         config = parse_model_config(fields)
         key = repr(sorted(fields.items(), key=lambda item: item[0]))
         if key not in self._weights:
@@ -60,9 +64,24 @@ class Models:
         layout = CacheLayout(RowFormat.FLOAT32, RowFormat.FLOAT32, config.rope_dim)
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
         numerics = Numerics(simulate_quantization=shape.simulate_quantization)
-        model = Model(config, self._weights[key], numerics, select_kernels(device).kernels)
+        model = Model(
+            config, self._weights[key], numerics, select_kernels(device, deterministic=shape.deterministic).kernels
+        )
         builder = BatchBuilder(config, groups, device)
-        return ModelRunner(model, CacheArena(plan, device), builder, Sampler((EOS,))), plan
+        return ModelRunner(model, CacheArena(plan, device), builder, sampler or Sampler((EOS,))), plan
+
+
+class RecordingSampler(Sampler):
+    """Keeps every row of logits, by request and by the number of tokens that it follows."""
+
+    def __init__(self) -> None:
+        super().__init__((EOS,))
+        self.rows: dict[str, dict[int, torch.Tensor]] = {}
+
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken]:
+        for row, sequence in zip(logits, sequences, strict=True):
+            self.rows.setdefault(sequence.request_id, {})[len(sequence)] = row.clone()
+        return super().sample(logits, sequences, seeds)
 
 
 def engine_of(fields: dict[str, Any], runner: Runner, plan: CachePlan, shape: Shape) -> Engine:
@@ -133,8 +152,6 @@ class CountingRunner:
         self._vocabulary = vocabulary
 
     def run(self, plan: StepPlan) -> StepResult:
-        from thalweg.types import SampledToken
-
         self.gate.wait(30)
         self.plans.append(plan.description())
         if len(self.plans) in self.fail_at:

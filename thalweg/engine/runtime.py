@@ -94,12 +94,12 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     max_model_len = _max_model_len(options, config, plan, choices)
     weights = allocate(config, numerics.compute, device)
     _load(checkpoint, weights, progress)
-    kernel_set = select_kernels(device)
+    kernel_set = select_kernels(device, deterministic=options.deterministic)
     model = Model(config, weights, numerics, kernel_set.kernels)
     policy = CheckpointPolicy(config.unit_tokens, options.checkpoint_interval)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(coordinator, limits, _namespaces(checkpoint, numerics))
+    scheduler = Scheduler(coordinator, limits, _namespaces(checkpoint, numerics, options))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, CacheArena(plan, device), BatchBuilder(config, groups, device), Sampler(eos))
     engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
@@ -209,9 +209,11 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
     return length
 
 
-def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
-    """Prefix caches are shared only under the same weights, numerics and salt."""
-    about = f"{fingerprint(checkpoint)} {numerics}".encode()
+def _namespaces(checkpoint: Checkpoint, numerics: Numerics, options: EngineOptions) -> Callable[[Sequence], bytes]:
+    """Prefix caches are shared only under the same weights, numerics, kernels and salt. What a deterministic engine
+    writes depends on the number of threads alone, so that this is part of it too."""
+    kernels = f"deterministic, {torch.get_num_threads()} threads" if options.deterministic else "any company"
+    about = f"{fingerprint(checkpoint)} {numerics} {kernels}".encode()
 
     def namespace(sequence: Sequence) -> bytes:
         return blake2b(about + b"\0" + sequence.request.cache_salt.encode(), digest_size=16).digest()
