@@ -15,7 +15,7 @@ from thalweg.engine.engine import Engine
 
 MODELS = Models()
 EVERY_LENGTH = (*range(1, 6), *range(123, 134), *range(251, 262), *range(508, 517))
-LENGTHS = (1, 3, 4, 5, 123, 127, 128, 129, 251, 255, 256, 257, 508, 511, 512, 516)
+LENGTHS = (1, 4, 5, 127, 128, 129, 251, 256, 257, 511, 516)
 BUDGETS = (16, 129, 1024)
 
 Rows = dict[int, torch.Tensor]
@@ -58,15 +58,15 @@ def assert_same_bits(ours: Rows, expected: Rows) -> None:
 def check_company(fields: dict, lengths: tuple[int, ...], budget: int) -> None:
     """Chunked, batched, beside requests that are cancelled, and once more from the prefix cache."""
     prompts = [prompt_of(i, length) for i, length in enumerate(lengths)]
-    expected = cold(fields, prompts)
+    expected = cold(fields, prompts, max_tokens=3)
     with running(fields, max_step_tokens=budget) as (engine, rows):
-        outcomes = [submit(engine, f"{i}", prompt) for i, prompt in enumerate(prompts)]
-        doomed = [submit(engine, f"doomed {i}", prompt_of(50 + i, 200), max_tokens=200) for i in range(3)]
+        outcomes = [submit(engine, f"{i}", prompt, max_tokens=3) for i, prompt in enumerate(prompts)]
+        doomed = [submit(engine, f"doomed {i}", prompt_of(50 + i, 200), max_tokens=99) for i in range(3)]
         assert doomed[0].started.wait(60)
         for i in range(3):
             engine.cancel(f"doomed {i}")
         assert all(outcome.done.wait(120) for outcome in [*outcomes, *doomed])
-        again = [submit(engine, f"again {i}", prompt) for i, prompt in enumerate(prompts)]
+        again = [submit(engine, f"again {i}", prompt, max_tokens=3) for i, prompt in enumerate(prompts)]
         assert all(outcome.done.wait(120) for outcome in again)
     for i, (prompt, outcome) in enumerate(zip(prompts, again, strict=True)):
         assert_same_bits(rows[f"{i}"], expected[i])
