@@ -20,6 +20,7 @@ from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.engine import Engine, EngineLimits
 from thalweg.engine.plan import StepPlan, StepResult
+from thalweg.engine.request import Sequence
 from thalweg.engine.runner import ModelRunner, Runner
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
@@ -29,10 +30,12 @@ from thalweg.kernels.registry import select_kernels
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
 from thalweg.memory.layout import CacheLayout, RowFormat
+from thalweg.memory.packing import BlockPacker
 from thalweg.memory.tier import Tier
+from thalweg.memory.transfers import Transfers
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
-from thalweg.types import Event, GenerateRequest, PrefillProgress, SamplingParams, TokenEvent
+from thalweg.types import Event, GenerateRequest, PrefillProgress, SampledToken, SamplingParams, TokenEvent
 
 EOS = 1
 
@@ -49,6 +52,7 @@ class Shape:
     simulate_quantization: bool = False
     policy: WindowPolicy = WindowPolicy.BOUNDARY
     replay: bool = True
+    deterministic: bool = False
 
 
 class Models:
@@ -57,7 +61,9 @@ class Models:
     def __init__(self) -> None:
         self._weights: dict[str, dict[str, torch.Tensor]] = {}
 
-    def runner(self, fields: dict[str, Any], shape: Shape) -> tuple[ModelRunner, CachePlan]:
+    def runner(
+        self, fields: dict[str, Any], shape: Shape, sampler: Sampler | None = None
+    ) -> tuple[ModelRunner, CachePlan]:
         config = parse_model_config(fields)
         key = repr(sorted(fields.items(), key=lambda item: item[0]))
         if key not in self._weights:
@@ -67,9 +73,24 @@ class Models:
         layout = CacheLayout(RowFormat.FLOAT32, RowFormat.FLOAT32, config.rope_dim)
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
         numerics = Numerics(simulate_quantization=shape.simulate_quantization)
-        model = Model(config, self._weights[key], numerics, select_kernels(device).kernels)
+        model = Model(
+            config, self._weights[key], numerics, select_kernels(device, deterministic=shape.deterministic).kernels
+        )
         builder = BatchBuilder(config, groups, device)
-        return ModelRunner(model, CacheArena(plan, device), builder, Sampler((EOS,))), plan
+        return ModelRunner(model, CacheArena(plan, device), builder, sampler or Sampler((EOS,))), plan
+
+
+class RecordingSampler(Sampler):
+    """Keeps every row of logits, by request and by the number of tokens that it follows."""
+
+    def __init__(self) -> None:
+        super().__init__((EOS,))
+        self.rows: dict[str, dict[int, torch.Tensor]] = {}
+
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken]:
+        for row, sequence in zip(logits, sequences, strict=True):
+            self.rows.setdefault(sequence.request_id, {})[len(sequence)] = row.clone()
+        return super().sample(logits, sequences, seeds)
 
 
 def engine_of(
@@ -88,9 +109,9 @@ def engine_of(
     policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval, shape.policy, replay)
     coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
     limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
-    scheduler = Scheduler(
-        Tiering(coordinator, {}, None), limits, lambda sequence: Namespace(sequence.request.cache_salt.encode())
-    )
+    mover = Transfers(BlockPacker(runner.arena), tiers) if tiers and isinstance(runner, ModelRunner) else None
+    tiering = Tiering(coordinator, tiers or {}, mover)
+    scheduler = Scheduler(tiering, limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
     engine_limits = EngineLimits(1 << 20, plan.token_capacity, config.vocab_size, 64, (EOS,))
     engine = Engine(scheduler, runner, engine_limits, shadow=shadow)
     engine.start()
@@ -152,8 +173,6 @@ class CountingRunner:
         self._vocabulary = vocabulary
 
     def run(self, plan: StepPlan) -> StepResult:
-        from thalweg.types import SampledToken
-
         self.gate.wait(30)
         self.plans.append(plan.description())
         if len(self.plans) in self.fail_at:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from thalweg.kernels.ops import Kernels
-from thalweg.kernels.registry import reference_kernels
+from thalweg.kernels.registry import deterministic_kernels, reference_kernels
 
-BACKENDS = {"reference": reference_kernels}
+BACKENDS = {"reference": reference_kernels, "deterministic": deterministic_kernels}
 
 
 def every_backend() -> pytest.MarkDecorator:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.backends import Kernels, every_backend
+from thalweg.errors import ConfigError
 from thalweg.kernels import ops
 from thalweg.kernels.registry import select_kernels
 from thalweg.kernels.spec import OPS, spec_of
@@ -65,6 +67,12 @@ def test_every_op_has_a_specification_and_a_choice() -> None:
     choices = select_kernels(torch.device("cpu")).choices
     assert [choice.op for choice in choices] == names
     assert all(choice.backend == "reference" and choice.reason for choice in choices)
+    fixed = select_kernels(torch.device("cpu"), deterministic=True).choices
+    assert [choice.op for choice in fixed] == names
+    same = {choice.op for choice in fixed if choice.backend == "reference"}
+    assert same == {"rms_norm", "rotate", "round_kv", "round_index"} and len({choice.reason for choice in fixed}) == 2
+    with pytest.raises(ConfigError, match=r"deterministic: .* cuda"):
+        select_kernels(torch.device("cuda"), deterministic=True)
 
 
 def test_costs_grow_with_shapes() -> None:

@@ -26,6 +26,9 @@ KvDtype = Annotated[str | None, _option("--kv-cache-dtype", help="auto, float32 
 Simulation = Annotated[
     bool | None, _option("--quantization-simulation", help="Round as FP8 KV and an FP4 index would.")
 ]
+Deterministic = Annotated[
+    bool | None, _option("--deterministic", help="The same bits in any batch and from any cache; slower.")
+]
 MaxLen = Annotated[int | None, _option("--max-model-len", "--context-length", help="Most tokens of prompt and output.")]
 MaxSeqs = Annotated[
     int | None, _option("--max-num-seqs", "--max-running-requests", help="Most requests that run at once.")

@@ -36,6 +36,7 @@ def serve(
     dtype: flags.Dtype = None,
     kv_cache_dtype: flags.KvDtype = None,
     quantization_simulation: flags.Simulation = None,
+    deterministic: flags.Deterministic = None,
     max_model_len: flags.MaxLen = None,
     max_num_seqs: flags.MaxSeqs = None,
     max_num_batched_tokens: flags.StepTokens = None,

@@ -31,6 +31,7 @@ class EngineOptions:
     dtype: str = "auto"  # auto, float32, bfloat16: weights and activations
     kv_cache_dtype: str = "auto"  # auto, float32, bfloat16: window, CSA, HCA and index rows
     quantization_simulation: bool = False  # round KV to FP8 and the index to FP4 as the released model was trained
+    deterministic: bool = False  # logits bit-equal in any batch, chunking and after any cache hit
     max_model_len: int | None = None  # tokens of prompt and output
     max_num_seqs: int = 16  # running requests
     max_num_batched_tokens: int = 1024  # tokens of one step

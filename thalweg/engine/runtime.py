@@ -105,14 +105,14 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     max_model_len = _max_model_len(options, config, plan, choices)
     weights = allocate(config, numerics.compute, device)
     _load(checkpoint, weights, progress)
-    kernel_set = select_kernels(device)
+    kernel_set = select_kernels(device, deterministic=options.deterministic)
     model = Model(config, weights, numerics, kernel_set.kernels)
     policy = window_policy(options, config)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
     arena = CacheArena(plan, device)
     tiering = _tiering(options, coordinator, BlockPacker(arena), choices)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(tiering, limits, _namespaces(checkpoint, numerics, policy))
+    scheduler = Scheduler(tiering, limits, _namespaces(checkpoint, numerics, policy, kernel_set))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos))
     engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
@@ -254,12 +254,13 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
 
 
 def _namespaces(
-    checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy
+    checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy, kernel_set: KernelSet
 ) -> Callable[[Sequence], Namespace]:
-    """Prefix caches are shared only under the same weights, tokenizer, numerics, tenant and salt, and never with rows
-    that an approximate policy made."""
+    """Prefix caches are shared only under the same weights, tokenizer, numerics, kernels, tenant and salt, and never
+    with rows that an approximate policy made."""
     words = (checkpoint.directory / "tokenizer.json").read_bytes()
-    about = f"{fingerprint(checkpoint)} {numerics} {policy.unit_tokens} {policy.approximation}".encode()
+    kernels = sorted((choice.op, choice.backend) for choice in kernel_set.choices)
+    about = f"{fingerprint(checkpoint)} {numerics} {kernels} {policy.unit_tokens} {policy.approximation}".encode()
     computed = digest_of(about, words)
     return lambda sequence: namespace_of(computed, sequence.request)
 

@@ -14,6 +14,18 @@ from torch import Tensor
 from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments
 
 
+class Linear(Protocol):
+    """x [..., K] times weight [N, K], transposed: [..., N] in the dtype of both."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+
+class GroupedLinear(Protocol):
+    """Each group with its own weight: x [T, G, K], weight [G, N, K] -> [T, G, N]."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+
 class RmsNorm(Protocol):
     """w * x / sqrt(mean(x^2) + eps) over the last axis, in fp32, cast back once; no weight: 1."""
 
@@ -98,6 +110,12 @@ class Route(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class SwiGlu(Protocol):
+    """silu(min(gate, limit)) * clamp(up, +-limit), fp32 (model-spec 3.8)."""
+
+    def __call__(self, gate: Tensor, up: Tensor, limit: float) -> Tensor: ...
+
+
 class Experts(Protocol):
     """Sum over each token's experts of down(weight * silu(min(gate, limit)) * clamp(up, +-limit)), fp32 [T, D].
 
@@ -125,6 +143,8 @@ class RoundIndex(Protocol):
 class Kernels:
     """One function per op, as chosen at start-up by registry.select_kernels."""
 
+    linear: Linear
+    grouped_linear: GroupedLinear
     rms_norm: RmsNorm
     rotate: Rotate
     mix_in: MixIn
@@ -134,6 +154,7 @@ class Kernels:
     index_topk: IndexTopk
     attention: Attention
     route: Route
+    swiglu: SwiGlu
     experts: Experts
     round_kv: RoundKv
     round_index: RoundIndex

@@ -6,8 +6,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from thalweg.errors import ConfigError
+from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
-from thalweg.kernels.reference import attention, compressor, hyper_connection, indexer, moe, norm, quantize, rotary
+from thalweg.kernels.reference.backend import reference_kernels
+
+__all__ = ["KernelChoice", "KernelSet", "deterministic_kernels", "reference_kernels", "select_kernels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,26 +31,22 @@ class KernelSet:
     choices: tuple[KernelChoice, ...]
 
 
-def reference_kernels() -> Kernels:
-    """Plain torch for every op; runs on any device."""
-    return Kernels(
-        rms_norm=norm.rms_norm,
-        rotate=rotary.rotate,
-        mix_in=hyper_connection.mix_in,
-        mix_out=hyper_connection.mix_out,
-        mix_head=hyper_connection.mix_head,
-        compress=compressor.compress,
-        index_topk=indexer.index_topk,
-        attention=attention.attention,
-        route=moe.route,
-        experts=moe.experts,
-        round_kv=quantize.round_kv,
-        round_index=quantize.round_index,
-    )
-
-
-def select_kernels(device: torch.device) -> KernelSet:
-    """The best available backend per op for a device."""
-    reason = f"the only backend for {device.type}"
+def select_kernels(device: torch.device, *, deterministic: bool = False) -> KernelSet:
+    """The best available backend per op for a device. Raises ConfigError if the device has no deterministic one."""
+    if deterministic and device.type != "cpu":
+        raise ConfigError(f"deterministic: there are no such kernels for {device.type} yet", param="deterministic")
+    reference = reference_kernels()
+    kernels = deterministic_kernels() if deterministic else reference
     names = [field.name for field in fields(Kernels)]
-    return KernelSet(reference_kernels(), tuple(KernelChoice(name, "reference", reason) for name in names))
+    choices = (
+        _choice(name, device, deterministic, getattr(kernels, name) is getattr(reference, name)) for name in names
+    )
+    return KernelSet(kernels, tuple(choices))
+
+
+def _choice(op: str, device: torch.device, deterministic: bool, same: bool) -> KernelChoice:
+    if not deterministic:
+        return KernelChoice(op, "reference", f"the only backend for {device.type}")
+    if same:
+        return KernelChoice(op, "reference", "each row is computed by itself already")
+    return KernelChoice(op, "deterministic", "as set: bits of a row depend on that row alone")

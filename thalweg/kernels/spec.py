@@ -2,6 +2,9 @@
 
 FLOPs count a multiply-add as two. Bytes count every input and output once, in the given element sizes: the least that
 any kernel must move. Tests hold every backend to `tolerance`; the kernel report compares times with these costs.
+
+The deterministic backend promises bits besides, for every op: a row of the result is the same bits whatever other rows
+are computed with it and wherever it lies among them, on one machine with one number of threads.
 """
 
 from __future__ import annotations
@@ -31,6 +34,27 @@ def _visible_keys(s: Shapes) -> float:
 
 
 OPS: tuple[OpSpec, ...] = (
+    OpSpec(
+        "linear",
+        "x w^T",
+        1e-4,
+        ("rows", "width", "outputs", "element", "weight_element"),
+        lambda s: 2 * s["rows"] * s["width"] * s["outputs"],
+        lambda s: (
+            s["rows"] * (s["width"] + s["outputs"]) * s["element"] + s["width"] * s["outputs"] * s["weight_element"]
+        ),
+    ),
+    OpSpec(
+        "grouped_linear",
+        "x w^T, each group with its own w",
+        1e-4,
+        ("rows", "groups", "width", "outputs", "element", "weight_element"),
+        lambda s: 2 * s["rows"] * s["groups"] * s["width"] * s["outputs"],
+        lambda s: (
+            s["rows"] * s["groups"] * (s["width"] + s["outputs"]) * s["element"]
+            + s["groups"] * s["width"] * s["outputs"] * s["weight_element"]
+        ),
+    ),
     OpSpec(
         "rms_norm",
         "w x / sqrt(mean(x^2) + eps)",
@@ -110,6 +134,14 @@ OPS: tuple[OpSpec, ...] = (
         ("rows", "experts", "k"),
         lambda s: 6 * s["rows"] * s["experts"],
         lambda s: 4 * s["rows"] * s["experts"] + 12 * s["rows"] * s["k"],
+    ),
+    OpSpec(
+        "swiglu",
+        "silu(min(gate, limit)) clamp(up, +-limit)",
+        1e-5,
+        ("rows", "width", "element"),
+        lambda s: 8 * s["rows"] * s["width"],
+        lambda s: s["rows"] * s["width"] * (2 * s["element"] + 4),
     ),
     OpSpec(
         "experts",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments
@@ -42,7 +40,7 @@ class Attention:
         """x [T, D], normed -> [T, D], or [O, D] for the output rows alone in the last layer."""
         config, weights, kernels = self._config, self._weights, self._kernels
         angles = tables.angles(self._kind)
-        kv = kernels.rms_norm(F.linear(x, weights["wkv.weight"]), weights["kv_norm.weight"], config.rms_norm_eps)
+        kv = kernels.rms_norm(kernels.linear(x, weights["wkv.weight"]), weights["kv_norm.weight"], config.rms_norm_eps)
         kv = self._numerics.stored_kv(kernels.rotate(kv, angles.cos, angles.sin), config.rope_dim, kernels)
         self._compress(x, step, tables, cache)
         result = x[:0]
@@ -71,9 +69,10 @@ class Attention:
         self, x: Tensor, kv: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows
     ) -> Tensor:
         config, weights, kernels = self._config, self._weights, self._kernels
-        low = kernels.rms_norm(F.linear(x, weights["wq_a.weight"]), weights["q_norm.weight"], config.rms_norm_eps)
-        query = F.linear(low, weights["wq_b.weight"]).unflatten(-1, (config.num_attention_heads, config.head_dim))
-        query = kernels.rotate(kernels.rms_norm(query, None, config.rms_norm_eps), angles.cos, angles.sin)
+        eps, shape = config.rms_norm_eps, (config.num_attention_heads, config.head_dim)
+        low = kernels.rms_norm(kernels.linear(x, weights["wq_a.weight"]), weights["q_norm.weight"], eps)
+        query = kernels.linear(low, weights["wq_b.weight"]).unflatten(-1, shape)
+        query = kernels.rotate(kernels.rms_norm(query, None, eps), angles.cos, angles.sin)
         selected = None
         if self._indexer is not None:
             selected = self._indexer.select(x, low, angles, step, queries, cache)
@@ -88,10 +87,9 @@ class Attention:
     def _project(self, heads: Tensor) -> Tensor:
         """Grouped low-rank output projection: [Q, H, d] -> [Q, D]."""
         groups, rank = self._config.o_groups, self._config.o_lora_rank
-        grouped = heads.flatten(1).unflatten(1, (groups, -1)).transpose(0, 1)
-        first = self._weights["wo_a.weight"].unflatten(0, (groups, rank)).transpose(1, 2)
-        low = torch.bmm(grouped, first).transpose(0, 1).flatten(1)
-        return F.linear(low, self._weights["wo_b.weight"])
+        grouped = heads.flatten(1).unflatten(1, (groups, -1))
+        low = self._kernels.grouped_linear(grouped, self._weights["wo_a.weight"].unflatten(0, (groups, rank)))
+        return self._kernels.linear(low.flatten(1), self._weights["wo_b.weight"])
 
 
 class Indexer:
@@ -115,13 +113,14 @@ class Indexer:
         self, x: Tensor, low: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows
     ) -> Tensor:
         """Entry numbers int64 [Q, k] for queries with inputs x [Q, D] and low-rank queries [Q, q_lora]."""
-        config = self._config
-        query = F.linear(low, self._weights["wq_b.weight"]).unflatten(-1, (config.index_heads, config.index_head_dim))
-        query = self._numerics.index_query(self._kernels.rotate(query, angles.cos, angles.sin), self._kernels)
+        config, kernels = self._config, self._kernels
+        query = kernels.linear(low, self._weights["wq_b.weight"])
+        query = query.unflatten(-1, (config.index_heads, config.index_head_dim))
+        query = self._numerics.index_query(kernels.rotate(query, angles.cos, angles.sin), kernels)
         scale = (config.index_heads * config.index_head_dim) ** -0.5
-        weights = F.linear(x, self._weights["weights_proj.weight"]).float() * scale
+        weights = kernels.linear(x, self._weights["weights_proj.weight"]).float() * scale
         keys = paged_rows("index", self._layer, step, cache)
-        return self._kernels.index_topk(query, weights, keys, queries, config.csa_ratio, config.index_topk)
+        return kernels.index_topk(query, weights, keys, queries, config.csa_ratio, config.index_topk)
 
 
 def paged_rows(stream: str, layer: int, step: StepInputs, cache: CacheRows) -> PagedRows:

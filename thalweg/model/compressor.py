@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from thalweg.kernels.ops import Kernels
 from thalweg.model.inputs import CacheRows, CompressorInputs, RowWrites
@@ -49,7 +48,8 @@ class Compressor:
         phase [T] is each token's position mod m; `angles` are those of the entries' first tokens.
         """
         wide = x.float()
-        value, gate = F.linear(wide, self._wkv), F.linear(wide, self._wgate) + self._ape[phase]
+        value = self._kernels.linear(wide, self._wkv)
+        gate = self._kernels.linear(wide, self._wgate) + self._ape[phase]
         tail = self._streams.tail
         if tail is None:
             own = torch.cat([value, gate], -1)

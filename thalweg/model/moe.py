@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.ops import Kernels
@@ -24,14 +23,11 @@ class MixtureOfExperts:
 
     def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x [T, D] -> [T, D]; token_ids [T] are read by hash layers."""
-        config = self._config
+        config, kernels = self._config, self._kernels
         chosen = None if self._by_token is None else self._by_token[token_ids]
-        logits = F.linear(x.float(), self._gate)
-        ids, weights = self._kernels.route(
-            logits, self._bias, chosen, config.experts_per_token, config.routed_scaling_factor
-        )
+        logits = kernels.linear(x.float(), self._gate)
+        ids, weights = kernels.route(logits, self._bias, chosen, config.experts_per_token, config.routed_scaling_factor)
         limit = config.swiglu_limit
-        routed = self._kernels.experts(x, ids, weights, self._gate_up, self._down, limit)
-        gate, up = F.linear(x, self._w1).float(), F.linear(x, self._w3).float()
-        hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-        return (routed + F.linear(hidden.to(x.dtype), self._w2).float()).to(x.dtype)
+        routed = kernels.experts(x, ids, weights, self._gate_up, self._down, limit)
+        hidden = kernels.swiglu(kernels.linear(x, self._w1), kernels.linear(x, self._w3), limit)
+        return (routed + kernels.linear(hidden.to(x.dtype), self._w2).float()).to(x.dtype)

@@ -95,4 +95,5 @@ class Model:
         config, w = self.config, self._weights
         fn, base, scale = w["hc_head_fn"], w["hc_head_base"], w["hc_head_scale"]
         x = self._kernels.mix_head(streams, fn, base, scale, config.rms_norm_eps, config.hc_eps)
-        return F.linear(self._kernels.rms_norm(x, w["norm.weight"], config.rms_norm_eps).float(), w["head.weight"])
+        normed = self._kernels.rms_norm(x, w["norm.weight"], config.rms_norm_eps)
+        return self._kernels.linear(normed.float(), w["head.weight"])

@@ -24,12 +24,18 @@ def mix_in(
     z = _projected(streams, fn, norm_eps)
     pre = torch.sigmoid(z[:, :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
-    comb = torch.softmax((z[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)), -1) + eps
+    comb = doubly_stochastic((z[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)), eps, iterations)
+    return _collapsed(streams, pre), post, comb
+
+
+def doubly_stochastic(logits: Tensor, eps: float, iterations: int) -> Tensor:
+    """Softmax over rows, then Sinkhorn rounds [T, N, N] that end on columns."""
+    comb = torch.softmax(logits, -1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
-    return _collapsed(streams, pre), post, comb
+    return comb
 
 
 def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Scores exist only for one tile of queries times one tile of keys; between tiles 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,17 @@ SCORE_ELEMENTS = 1 << 22  # queries x heads x keys of one tile: 16 MiB of fp32 s
 _NONE = torch.iinfo(torch.int64).min
 
 
+Scores = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, weights, key rows -> fp32 [queries, keys]
+
+
 def index_topk(query: Tensor, weights: Tensor, keys: PagedRows, queries: Segments, ratio: int, k: int) -> Tensor:
+    return streaming_topk(_scores, query, weights, keys, queries, ratio, k)
+
+
+def streaming_topk(
+    scores: Scores, query: Tensor, weights: Tensor, keys: PagedRows, queries: Segments, ratio: int, k: int
+) -> Tensor:
+    """index_topk with a given way to score a tile of queries against a tile of keys."""
     chosen = torch.full((query.shape[0], k), -1, dtype=torch.int64, device=query.device)
     tile = max(1, SCORE_ELEMENTS // (query.shape[1] * KEY_TILE))
     for s, start in enumerate(queries.starts):
@@ -28,13 +40,20 @@ def index_topk(query: Tensor, weights: Tensor, keys: PagedRows, queries: Segment
             count = (start + stop - first) // ratio
             if count == 0:
                 continue
-            best = _best(query[row:stop], weights[row:stop], keys, s, visible, count, k)
+            best = _best(scores, query[row:stop], weights[row:stop], keys, s, visible, count, k)
             chosen[row:stop, k - best.shape[1] :] = best
     return chosen
 
 
 def _best(
-    query: Tensor, weights: Tensor, keys: PagedRows, sequence: int, visible: Tensor, count: int, k: int
+    scores: Scores,
+    query: Tensor,
+    weights: Tensor,
+    keys: PagedRows,
+    sequence: int,
+    visible: Tensor,
+    count: int,
+    k: int,
 ) -> Tensor:
     """The k best of `count` entries for a tile of queries: ascending entry numbers, -1 first."""
     device = query.device
@@ -45,7 +64,7 @@ def _best(
     for begin in range(0, count, KEY_TILE):
         entries = torch.arange(begin, min(begin + KEY_TILE, count), device=device)
         rows = keys.rows[entry_slots(keys, sequence, entries)].float()
-        ranked = _ranked(_scores(query, weights, rows), entries)
+        ranked = _ranked(scores(query, weights, rows), entries)
         ranked = ranked.masked_fill(entries >= visible[:, None], _NONE)
         running = torch.cat([running, ranked], 1)
         running = running.topk(min(k, running.shape[1]), sorted=False).values

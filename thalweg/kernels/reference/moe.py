@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def route(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float) -> tuple[Tensor, Tensor]:
-    scores = F.softplus(logits).sqrt()
+    return routed(F.softplus(logits).sqrt(), bias, chosen, k, scale)
+
+
+def routed(scores: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Experts and weights from scores [T, experts]."""
     if chosen is None:
         ranked = scores if bias is None else scores + bias
         chosen = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -16,19 +22,26 @@ def route(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, sc
     return chosen, weights / weights.sum(-1, keepdim=True) * scale
 
 
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    return F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
+
+
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
-    """Tokens are grouped by expert, without padding; each token's sum runs over its experts in ascending order."""
+    """Each token's sum runs over its experts in ascending order."""
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    order = ids.flatten().argsort(stable=True)
-    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
-    begin = 0
-    for expert, count in enumerate(counts):
-        if count == 0:
-            continue
-        picked = order[begin : begin + count]
-        begin += count
-        token = picked // ids.shape[1]
-        gate, up = F.linear(x[token], gate_up[expert]).float().chunk(2, -1)
-        hidden = F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit) * weights.flatten()[picked].unsqueeze(-1)
+    for expert, token, weight in by_expert(ids, weights, gate_up.shape[0]):
+        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, -1)
+        hidden = swiglu(gate, up, limit) * weight
         result.index_add_(0, token, F.linear(hidden.to(x.dtype), down[expert]).float())
     return result
+
+
+def by_expert(ids: Tensor, weights: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each of `count` experts that somebody chose, ascending: its number, its tokens and their weights [n, 1]."""
+    order = ids.flatten().argsort(stable=True)
+    begin = 0
+    for expert, tokens in enumerate(torch.bincount(ids.flatten(), minlength=count).tolist()):
+        picked = order[begin : begin + tokens]
+        begin += tokens
+        if tokens:
+            yield expert, picked // ids.shape[1], weights.flatten()[picked].unsqueeze(-1)

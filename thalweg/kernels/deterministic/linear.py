@@ -1,0 +1,47 @@
+"""Matrix products of fixed shape: whatever the batch is, the library sees the same kernel and the same order of sums.
+
+A library chooses its kernel by the shapes and by how addresses are aligned. So every product here takes TILE rows, in
+memory of their own, and the summed axis is padded to whole vectors. That a row's result does not depend on its place
+in such a tile is no promise of the library: tests/kernels/test_deterministic.py holds it to that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 32  # rows of one product: one decoding request pays for all of them, a prompt for a call per tile
+VECTOR = 8  # fp32 elements of the widest vector for which an unaligned rest was seen to change the order of sums
+
+
+def padded(x: Tensor) -> Tensor:
+    """The last axis filled with zeros to whole vectors."""
+    rest = -x.shape[-1] % VECTOR
+    return F.pad(x, (0, rest)) if rest else x
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K], weight [N, K] -> [..., N]."""
+    rows, weight = x.flatten(0, -2), padded(weight)
+    whole = -(-len(rows) // TILE) * TILE
+    tiles = rows.new_zeros((whole, weight.shape[1]))
+    tiles[: len(rows), : rows.shape[1]] = rows
+    result = rows.new_empty((whole, len(weight)))
+    across = weight.T
+    for row in range(0, whole, TILE):
+        torch.mm(tiles[row : row + TILE], across, out=result[row : row + TILE])
+    return result[: len(rows)].unflatten(0, x.shape[:-1])
+
+
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, G, K], weight [G, N, K] -> [T, G, N]."""
+    return torch.stack([linear(x[:, group], part) for group, part in enumerate(weight)], 1)
+
+
+def each_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [B, M, K] with right [B, K, N], one after another: M, K and N must not depend on the batch."""
+    result = left.new_empty((len(left), left.shape[1], right.shape[2]))
+    for a, b, out in zip(left, right, result, strict=True):
+        torch.mm(a, b, out=out)
+    return result
