@@ -42,6 +42,8 @@ class Shape:
     checkpoint_interval: int = 256
     prefix_caching: bool = True
     simulate_quantization: bool = False
+    kv: RowFormat = RowFormat.FLOAT32
+    index: RowFormat = RowFormat.FLOAT32
 
 
 class Models:
@@ -57,9 +59,9 @@ class Models:
             self._weights[key] = {p.name: value for p, value in random_parameters(config, 3)}
         device = torch.device("cpu")
         groups = cache_groups(config)
-        layout = CacheLayout(RowFormat.FLOAT32, RowFormat.FLOAT32, config.rope_dim)
+        layout = CacheLayout(shape.kv, shape.index, config.rope_dim)
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
-        numerics = Numerics(simulate_quantization=shape.simulate_quantization)
+        numerics = Numerics.serving(torch.float32, shape.kv, shape.index, simulate=shape.simulate_quantization)
         model = Model(config, self._weights[key], numerics, select_kernels(device).kernels)
         builder = BatchBuilder(config, groups, device)
         return ModelRunner(model, CacheArena(plan, device), builder, Sampler((EOS,))), plan

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.backends import Kernels, every_backend
-from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments
+from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments, plain_rows
 from thalweg.kernels.spec import spec_of
 
 HEADS, WIDTH, WINDOW, BLOCK = 3, 8, 16, 4
@@ -39,11 +39,13 @@ class Scene:
         self.entries = [random(max(1, end // self.ratio), self.width, seed=90 + i) for i, end in enumerate(self.ends)]
         blocks = [-(-len(e) // BLOCK) for e in self.entries]
         order = torch.randperm(sum(blocks) + 3, generator=torch.Generator().manual_seed(9))[: sum(blocks)]
-        self.paged = PagedRows(torch.zeros((sum(blocks) + 3) * BLOCK, self.width), order, sums(blocks), BLOCK)
+        self.paged = PagedRows(
+            plain_rows(torch.zeros((sum(blocks) + 3) * BLOCK, self.width)), order, sums(blocks), BLOCK
+        )
         for s, rows in enumerate(self.entries):
             for w in range(len(rows)):
                 block = int(order[self.paged.offsets[s] + w // BLOCK])
-                self.paged.rows[block * BLOCK + w % BLOCK] = rows[w]
+                self.paged.rows.data[block * BLOCK + w % BLOCK] = rows[w]
 
     def context(self, queries: Segments, *, entries: bool) -> AttentionContext:
         seen = [min(p, WINDOW - 1) for p in self.past]
@@ -53,7 +55,7 @@ class Scene:
         pool[slots] = old
         keys = Segments(sums(self.new), tuple(self.past))
         paged = self.paged if entries else None
-        return AttentionContext(queries, keys, PastRows(pool, slots, sums(seen)), paged, self.ratio, WINDOW)
+        return AttentionContext(queries, keys, PastRows(plain_rows(pool), slots, sums(seen)), paged, self.ratio, WINDOW)
 
     def new_rows(self) -> Tensor:
         return torch.cat([k[p:] for k, p in zip(self.keys, self.past, strict=True)])
@@ -122,9 +124,8 @@ def test_index_topk(kernels: Kernels, name: str, case: str, k: int) -> None:
     """Values are small integers, so that scores are exact in fp32 and ties are ties."""
     scene = SCENES[name]
     high = {"random": 5, "ties": 2}.get(case, 3)
-    scene.paged.rows[:] = torch.randint(
-        -high, high + 1, scene.paged.rows.shape, generator=torch.Generator().manual_seed(3)
-    ).float()
+    data = scene.paged.rows.data
+    data[:] = torch.randint(-high, high + 1, data.shape, generator=torch.Generator().manual_seed(3)).float()
     total = sum(scene.new)
     query = torch.randint(-2, 3, (total, 2, scene.width), generator=torch.Generator().manual_seed(1)).float()
     weights = torch.randint(-3, 4, (total, 2), generator=torch.Generator().manual_seed(2)).float()
@@ -143,7 +144,7 @@ def test_index_topk(kernels: Kernels, name: str, case: str, k: int) -> None:
                 seen = (t + 1) // scene.ratio
                 numbers = torch.arange(seen)
                 blocks = scene.paged.blocks[scene.paged.offsets[s] : scene.paged.offsets[s + 1]]
-                rows = scene.paged.rows[blocks[numbers // BLOCK] * BLOCK + numbers % BLOCK]
+                rows = data[blocks[numbers // BLOCK] * BLOCK + numbers % BLOCK]
                 scores = (torch.relu(query[row] @ rows.T) * weights[row][:, None]).sum(0)
                 assert ours[row].tolist() == topk_twin(scores.tolist(), k)
             row += 1
@@ -200,9 +201,9 @@ def test_workspace_does_not_grow_with_the_context(kernels: Kernels) -> None:
     peaks = []
     for context in (32768, 524288):
         blocks = torch.arange(context // 4 // BLOCK)
-        paged = PagedRows(random(len(blocks) * BLOCK, WIDTH), blocks, (0, len(blocks)), BLOCK)
+        paged = PagedRows(plain_rows(random(len(blocks) * BLOCK, WIDTH)), blocks, (0, len(blocks)), BLOCK)
         queries = Segments((0, 64), (context - 64,))
-        past = PastRows(random(WINDOW, WIDTH), torch.arange(WINDOW - 1), (0, WINDOW - 1))
+        past = PastRows(plain_rows(random(WINDOW, WIDTH)), torch.arange(WINDOW - 1), (0, WINDOW - 1))
         everything = AttentionContext(queries, queries, past, paged, 4, WINDOW)
         with LargestTensor() as largest:
             kernels.attention(random(64, HEADS, WIDTH), random(64, WIDTH), everything, random(HEADS), None)

@@ -28,6 +28,7 @@ def serve(
     device: flags.Device = None,
     dtype: flags.Dtype = None,
     kv_cache_dtype: flags.KvDtype = None,
+    index_cache_dtype: flags.IndexDtype = None,
     quantization_simulation: flags.Simulation = None,
     max_model_len: flags.MaxLen = None,
     max_num_seqs: flags.MaxSeqs = None,

@@ -7,7 +7,17 @@ from dataclasses import dataclass, fields
 import torch
 
 from thalweg.kernels.ops import Kernels
-from thalweg.kernels.reference import attention, compressor, hyper_connection, indexer, moe, norm, quantize, rotary
+from thalweg.kernels.reference import (
+    attention,
+    compressor,
+    hyper_connection,
+    indexer,
+    moe,
+    norm,
+    quantize,
+    rotary,
+    rows,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,9 @@ def reference_kernels() -> Kernels:
         experts=moe.experts,
         round_kv=quantize.round_kv,
         round_index=quantize.round_index,
+        round_index_fp8=quantize.round_index_fp8,
+        store_rows=rows.store_rows,
+        read_rows=rows.read_rows,
     )
 
 
