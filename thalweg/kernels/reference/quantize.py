@@ -53,7 +53,7 @@ def unpack_kv(packed: Tensor, width: int, rope_dim: int) -> Tensor:
     end = plain + 2 * rope_dim
     blocks = -(-plain // KV_BLOCK)
     scales = _powers(packed[..., end : end + blocks]).repeat_interleave(KV_BLOCK, -1)[..., :plain]
-    turned = packed[..., plain:end].contiguous().view(torch.bfloat16).float()
+    turned = _viewed(packed[..., plain:end], torch.bfloat16).float()
     return torch.cat([_e4m3(packed[..., :plain]) * scales, turned], -1)
 
 
@@ -64,7 +64,7 @@ def pack_index_fp8(keys: Tensor) -> Tensor:
 
 
 def unpack_index_fp8(packed: Tensor, width: int) -> Tensor:
-    scale = packed[..., width:].contiguous().view(torch.float32)
+    scale = _viewed(packed[..., width:], torch.float32)
     return _e4m3(packed[..., :width]) * scale
 
 
@@ -164,7 +164,12 @@ def _exponents(scales: Tensor) -> Tensor:
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    return exponents.contiguous().view(torch.float8_e8m0fnu).float()
+    return _viewed(exponents, torch.float8_e8m0fnu).float()
+
+
+def _viewed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A part of packed rows as elements. Copied: it may begin at any byte, and views must be aligned."""
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _bytes(x: Tensor) -> Tensor:
