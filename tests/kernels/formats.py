@@ -1,4 +1,4 @@
-"""Independent twins of the byte formats of cache rows: plain Python over single numbers, from the formats' definitions."""
+"""Independent twins of the byte formats of cache rows: plain Python over single numbers."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.backends import Kernels, every_backend
-from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments, plain_rows
+from thalweg.kernels.arguments import AttentionContext, Packing, PagedRows, PastRows, Segments, StoredRows, plain_rows
 from thalweg.kernels.spec import spec_of
 
 HEADS, WIDTH, WINDOW, BLOCK = 3, 8, 16, 4
@@ -195,13 +196,58 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+PACKED = [
+    (StoredRows(torch.empty(0, 16, dtype=torch.uint8), Packing.FP8_KV, WIDTH, 2), "attention"),
+    (StoredRows(torch.empty(0, 12, dtype=torch.uint8), Packing.FP8_INDEX, WIDTH), "index_topk"),
+    (StoredRows(torch.empty(0, 5, dtype=torch.uint8), Packing.FP4_INDEX, WIDTH), "index_topk"),
+]
+
+
+def packed(kernels: Kernels, form: StoredRows, rows: Tensor) -> tuple[StoredRows, StoredRows]:
+    """Rows in a packed format, NaN where `rows` are, and plain rows of the values that it holds."""
+    data = torch.full((len(rows), form.data.shape[1]), 255, dtype=torch.uint8)
+    stored = dataclasses.replace(form, data=data)
+    written = (~rows.isnan().any(-1)).nonzero().flatten()
+    kernels.store_rows(stored, written, rows[written])
+    return stored, plain_rows(kernels.read_rows(stored, torch.arange(len(rows))))
+
+
 @every_backend()
-def test_workspace_does_not_grow_with_the_context(kernels: Kernels) -> None:
+@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(("form", "op"), PACKED)
+def test_packed_rows_give_what_their_values_give(kernels: Kernels, name: str, form: StoredRows, op: str) -> None:
+    """The same bits from bytes as from fp32 rows of the same values."""
+    scene = SCENES[name]
+    queries = Segments(sums(scene.new), tuple(scene.past))
+    total, results = sum(scene.new), []
+    query = random(total, HEADS, scene.width, seed=6)
+    both = packed(kernels, form, random(*scene.paged.rows.data.shape, seed=8))
+    context = scene.context(queries, entries=True)
+    pasts = packed(kernels, form, context.past.rows.data)
+    for entries, past in zip(both, pasts, strict=True):
+        paged = dataclasses.replace(scene.paged, rows=entries)
+        if op == "attention":
+            seen = dataclasses.replace(context, past=dataclasses.replace(context.past, rows=past), entries=paged)
+            results.append(kernels.attention(query, scene.new_rows(), seen, random(HEADS), None))
+            chosen = kernels.index_topk(query, random(total, HEADS), paged, queries, scene.ratio, 5)
+            results[-1] += kernels.attention(query, scene.new_rows(), seen, random(HEADS), chosen)
+        else:
+            results.append(kernels.index_topk(query, random(total, HEADS), paged, queries, scene.ratio, 5))
+    assert torch.equal(*results) and not results[0].isnan().any()
+
+
+@every_backend()
+@pytest.mark.parametrize("form", [None, *(form for form, _ in PACKED)])
+def test_workspace_does_not_grow_with_the_context(kernels: Kernels, form: StoredRows | None) -> None:
     """The largest temporary at 16 times the context is the same, for both ops that read the whole history."""
     peaks = []
     for context in (32768, 524288):
         blocks = torch.arange(context // 4 // BLOCK)
-        paged = PagedRows(plain_rows(random(len(blocks) * BLOCK, WIDTH)), blocks, (0, len(blocks)), BLOCK)
+        slots = len(blocks) * BLOCK
+        rows = plain_rows(random(slots, WIDTH))
+        if form is not None:
+            rows = dataclasses.replace(form, data=torch.zeros(slots, form.data.shape[1], dtype=torch.uint8))
+        paged = PagedRows(rows, blocks, (0, len(blocks)), BLOCK)
         queries = Segments((0, 64), (context - 64,))
         past = PastRows(plain_rows(random(WINDOW, WIDTH)), torch.arange(WINDOW - 1), (0, WINDOW - 1))
         everything = AttentionContext(queries, queries, past, paged, 4, WINDOW)

@@ -99,7 +99,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     policy = CheckpointPolicy(config.unit_tokens, options.checkpoint_interval)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(coordinator, limits, _namespaces(checkpoint, numerics))
+    scheduler = Scheduler(coordinator, limits, namespaces(checkpoint, numerics))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, CacheArena(plan, device), BatchBuilder(config, groups, device), Sampler(eos))
     engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
@@ -234,7 +234,7 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
     return length
 
 
-def _namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
+def namespaces(checkpoint: Checkpoint, numerics: Numerics) -> Callable[[Sequence], bytes]:
     """Prefix caches are shared only under the same weights, numerics and salt."""
     about = f"{fingerprint(checkpoint)} {numerics}".encode()
 
