@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class Compressed:
     layer: int
     window: int
     top_k: int
+    crowd: float = 1.0  # how often each HCA entry counts
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[f"layers.{self.layer}.attn.{name}"]
@@ -158,6 +160,7 @@ def _banded(layer: Compressed, q: Tensor, kv: Tensor, entries: Tensor | None, se
     parts = [near, layer["attn_sink"].view(1, 1, -1, 1).expand(batch, length, -1, 1)]
     if entries is not None and seen is not None:
         far = (q.flatten(1, 2) * dim**-0.5 @ entries.transpose(1, 2)).view(batch, length, heads, -1)
+        far = far + math.log(layer.crowd)
         parts.append(far.masked_fill(~seen.unsqueeze(2), NEVER))
     p = torch.cat(parts, -1).softmax(-1)
     close = F.pad(p[..., : 2 * w], (0, 0, 0, 0, 0, fill)).view(batch, blocks, w * heads, 2 * w)

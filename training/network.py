@@ -22,7 +22,8 @@ Weights = dict[str, Tensor]
 class Request:
     """What to compute. `rows`: [B, Q] indices of the tokens whose logits are wanted; None means all of them.
 
-    `window` and `top_k` replace the config's, for the first stages of training.
+    `window` and `top_k` replace the config's, for the first stages of training. `crowd` counts each HCA entry so often,
+    so that a short sequence has the attention of a long one, whose HCA entries are many times its window.
     """
 
     ids: Tensor  # [B, S]
@@ -30,6 +31,7 @@ class Request:
     rows: Tensor | None = None
     window: int | None = None
     top_k: int | None = None
+    crowd: float = 1.0
 
 
 @dataclass(slots=True)
@@ -55,7 +57,8 @@ def forward(config: ModelConfig, weights: Weights, request: Request) -> Result:
         kept = _flat_rows(rows, length)
         mixed, post, comb = mix(config, weights, f"layers.{layer}.hc_attn", streams)
         x = norm(mixed, weights[f"layers.{layer}.attn_norm.weight"], config).view(batch, length, -1)
-        sizes = Compressed(config, weights, layer, request.window or config.window, request.top_k or config.index_topk)
+        window, top_k = request.window or config.window, request.top_k or config.index_topk
+        sizes = Compressed(config, weights, layer, window, top_k, request.crowd)
         y, index_loss = attend(sizes, x, request.positions, rows)
         result.inputs.append(x.detach())
         result.index_losses += index_loss

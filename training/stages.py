@@ -10,7 +10,10 @@ from training.needles import Shape
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """`window` and `top_k` replace the model's; a share of right answer tokens above `enough` ends the stage early."""
+    """`window` and `top_k` replace the model's; a share of right answer tokens above `enough` ends the stage early.
+
+    With `crowd`, each HCA entry counts up to so often, log-uniformly by step: a million tokens have 8,192 of them.
+    """
 
     name: str
     steps: int
@@ -23,6 +26,7 @@ class Stage:
     warm_steps: int = 20
     decay: bool = False
     enough: float | None = None
+    crowd: int = 1
 
 
 STAGES: Mapping[str, Stage] = {
@@ -32,5 +36,6 @@ STAGES: Mapping[str, Stage] = {
         Stage("window", 300, Shape(20, 384, 8, 8, 16), None, 32, enough=0.994, matrix_rate=0.007),
         Stage("skips", 250, Shape(8, 1024, 16, 16, 64, 0.8), None, 32, matrix_rate=0.005, other_rate=0.002),
         Stage("long", 500, Shape(4, 2048, 48, 24, 256, 0.8), None, 64, 0.005, 0.002, text_weight=0.3, decay=True),
+        Stage("crowd", 160, Shape(4, 2048, 48, 24, 64, 0.8), None, 64, 0.004, 0.0015, decay=True, crowd=2048),
     )
 }

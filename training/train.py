@@ -119,7 +119,8 @@ def train_step(run: Run, stage: Stage, data: Data) -> list[float]:
     ids, positions, rows, targets = (
         torch.from_numpy(a) for a in (batch.ids, batch.positions, batch.rows, batch.targets)
     )
-    request = Request(ids, positions, rows, stage.window, stage.top_k)
+    crowd = float(stage.crowd ** data.random.random())
+    request = Request(ids, positions, rows, stage.window, stage.top_k, crowd)
     result = forward(run.config, run.weights, request)
     answer, plain, index, right = losses(result, targets, batch.answer_rows)
     for optimiser in (run.matrices, run.others):

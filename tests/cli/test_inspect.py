@@ -39,6 +39,9 @@ def test_the_published_byte_table(model, fp8, fp4, compressed, window, checkpoin
         assert round(form["bytes_at_1m_tokens"] / 2**30, 2) == total
         assert form["window_bytes_if_stored_per_token"] == window
         assert round(form["checkpoint_bytes"]["window"] / 2**20, 2) == checkpoint
+    rows = {name: (form["row_bytes"], form["row_padding_bytes"]) for name, form in seen["formats"].items()}
+    assert rows["fp8, fp4 index"] == ({"kv": 584, "index": 68}, {"kv": 1, "index": 0})
+    assert rows["fp8, fp8 index"] == ({"kv": 584, "index": 132}, {"kv": 1, "index": 0})
     assert seen["exact_replay_tokens"] == replay
     assert (seen["layer_kinds"].count("csa"), seen["layer_kinds"].count("hca")) == compressed
     if model == "pro":
@@ -75,6 +78,9 @@ def test_the_table_is_whole(model: str) -> None:
         for length in LENGTHS:
             cells = table[f"sequences of {length // 1024}K in 141.5 GiB{remark}"]
             assert cells == [f"{form['sequences_that_fit' + key][str(length)]:,}" for form in forms]
+    for kind in ("kv", "index"):
+        assert table[f"{kind} row"] == [f"{form['row_bytes'][kind]:,}" for form in forms]
+        assert table[f"padding in a {kind} row"] == [str(form["row_padding_bytes"][kind]) for form in forms]
     for group in seen["formats"]["bfloat16"]["bytes_per_token"]:
         assert table[f"{group} per token"] == [f"{form['bytes_per_token'][group]:,.1f}" for form in forms]
     assert f"{seen['parameters']:,}" in text and f"{seen['exact_replay_tokens']:,} tokens" in text

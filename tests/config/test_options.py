@@ -53,7 +53,9 @@ def test_few_options() -> None:
         ({"max_num_seqs": True}, "max_num_seqs", "whole number"),
         ({"max_num_seqs": [1]}, "max_num_seqs", "whole number"),
         ({"device": "tpu"}, "device", "auto, cpu, cuda"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype", "auto, float32, bfloat16"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype", "auto, float32, bfloat16, fp8$"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype", "auto, float32, bfloat16, fp8$"),
+        ({"index_cache_dtype": "int8"}, "index_cache_dtype", "auto, float32, bfloat16, fp8, fp4$"),
         ({"model": {"path": "x"}}, "model", "not a text"),
         ({"window_policy": "bounded"}, "window_policy", "Did you mean 'boundary'|Did you mean 'bounded-replay'"),
         ({"window_policy": "interval:0"}, "window_policy", "interval:K"),
@@ -82,8 +84,8 @@ def test_variables_are_checked_as_flags_are() -> None:
 def test_every_option_can_be_set_in_every_place(tmp_path: Path) -> None:
     given: dict[str, object] = {
         "model": "m", "served_model_name": "n", "device": "cpu", "dtype": "float32", "kv_cache_dtype": "bfloat16",
-        "quantization_simulation": True, "deterministic": True, "max_model_len": 99, "max_num_seqs": 3,
-        "max_num_batched_tokens": 77,
+        "index_cache_dtype": "fp4", "quantization_simulation": True, "deterministic": True,
+        "max_model_len": 99, "max_num_seqs": 3, "max_num_batched_tokens": 77,
         "kv_cache_memory": 2**30, "enable_prefix_caching": False, "checkpoint_interval": 0, "chat_encoding": "later",
         "max_waiting": 5, "threads": 1, "window_policy": "interval:4096", "kv_host_memory": 2**20, "kv_disk_dir": "d",
         "kv_disk_space": 2**25, "shadow_rate": 0.25,
@@ -96,6 +98,11 @@ def test_every_option_can_be_set_in_every_place(tmp_path: Path) -> None:
     lines = (f"{name.replace('_', '-')} = {json.dumps(value)}" for name, value in given.items())
     (tmp_path / "engine.toml").write_text("\n".join(lines))
     assert load_options({}, file=tmp_path / "engine.toml", environment={}) == wanted
+
+
+def test_other_engines_words_for_formats() -> None:
+    options = load_options({"kv_cache_dtype": "fp8_e4m3", "index_cache_dtype": "bf16"}, environment={})
+    assert (options.kv_cache_dtype, options.index_cache_dtype) == ("fp8", "bfloat16")
 
 
 @pytest.mark.parametrize(("word", "value"), [("yes", True), ("ON", True), ("1", True), ("no", False), (" off ", False)])

@@ -53,6 +53,8 @@ class Shape:
     policy: WindowPolicy = WindowPolicy.BOUNDARY
     replay: bool = True
     deterministic: bool = False
+    kv: RowFormat = RowFormat.FLOAT32
+    index: RowFormat = RowFormat.FLOAT32
 
 
 class Models:
@@ -70,12 +72,11 @@ class Models:
             self._weights[key] = {p.name: value for p, value in random_parameters(config, 3)}
         device = torch.device("cpu")
         groups = cache_groups(config)
-        layout = CacheLayout(RowFormat.FLOAT32, RowFormat.FLOAT32, config.rope_dim)
+        layout = CacheLayout(shape.kv, shape.index, config.rope_dim)
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
-        numerics = Numerics(simulate_quantization=shape.simulate_quantization)
-        model = Model(
-            config, self._weights[key], numerics, select_kernels(device, deterministic=shape.deterministic).kernels
-        )
+        numerics = Numerics.serving(torch.float32, shape.kv, shape.index, simulate=shape.simulate_quantization)
+        kernels = select_kernels(device, deterministic=shape.deterministic).kernels
+        model = Model(config, self._weights[key], numerics, kernels)
         builder = BatchBuilder(config, groups, device)
         return ModelRunner(model, CacheArena(plan, device), builder, sampler or Sampler((EOS,))), plan
 

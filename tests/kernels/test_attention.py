@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.backends import Kernels, every_backend
-from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments
+from thalweg.kernels.arguments import AttentionContext, Packing, PagedRows, PastRows, Segments, StoredRows, plain_rows
 from thalweg.kernels.spec import spec_of
 
 HEADS, WIDTH, WINDOW, BLOCK = 3, 8, 16, 4
@@ -39,11 +40,13 @@ class Scene:
         self.entries = [random(max(1, end // self.ratio), self.width, seed=90 + i) for i, end in enumerate(self.ends)]
         blocks = [-(-len(e) // BLOCK) for e in self.entries]
         order = torch.randperm(sum(blocks) + 3, generator=torch.Generator().manual_seed(9))[: sum(blocks)]
-        self.paged = PagedRows(torch.zeros((sum(blocks) + 3) * BLOCK, self.width), order, sums(blocks), BLOCK)
+        self.paged = PagedRows(
+            plain_rows(torch.zeros((sum(blocks) + 3) * BLOCK, self.width)), order, sums(blocks), BLOCK
+        )
         for s, rows in enumerate(self.entries):
             for w in range(len(rows)):
                 block = int(order[self.paged.offsets[s] + w // BLOCK])
-                self.paged.rows[block * BLOCK + w % BLOCK] = rows[w]
+                self.paged.rows.data[block * BLOCK + w % BLOCK] = rows[w]
 
     def context(self, queries: Segments, *, entries: bool) -> AttentionContext:
         seen = [min(p, WINDOW - 1) for p in self.past]
@@ -53,7 +56,7 @@ class Scene:
         pool[slots] = old
         keys = Segments(sums(self.new), tuple(self.past))
         paged = self.paged if entries else None
-        return AttentionContext(queries, keys, PastRows(pool, slots, sums(seen)), paged, self.ratio, WINDOW)
+        return AttentionContext(queries, keys, PastRows(plain_rows(pool), slots, sums(seen)), paged, self.ratio, WINDOW)
 
     def new_rows(self) -> Tensor:
         return torch.cat([k[p:] for k, p in zip(self.keys, self.past, strict=True)])
@@ -122,9 +125,8 @@ def test_index_topk(kernels: Kernels, name: str, case: str, k: int) -> None:
     """Values are small integers, so that scores are exact in fp32 and ties are ties."""
     scene = SCENES[name]
     high = {"random": 5, "ties": 2}.get(case, 3)
-    scene.paged.rows[:] = torch.randint(
-        -high, high + 1, scene.paged.rows.shape, generator=torch.Generator().manual_seed(3)
-    ).float()
+    data = scene.paged.rows.data
+    data[:] = torch.randint(-high, high + 1, data.shape, generator=torch.Generator().manual_seed(3)).float()
     total = sum(scene.new)
     query = torch.randint(-2, 3, (total, 2, scene.width), generator=torch.Generator().manual_seed(1)).float()
     weights = torch.randint(-3, 4, (total, 2), generator=torch.Generator().manual_seed(2)).float()
@@ -143,7 +145,7 @@ def test_index_topk(kernels: Kernels, name: str, case: str, k: int) -> None:
                 seen = (t + 1) // scene.ratio
                 numbers = torch.arange(seen)
                 blocks = scene.paged.blocks[scene.paged.offsets[s] : scene.paged.offsets[s + 1]]
-                rows = scene.paged.rows[blocks[numbers // BLOCK] * BLOCK + numbers % BLOCK]
+                rows = data[blocks[numbers // BLOCK] * BLOCK + numbers % BLOCK]
                 scores = (torch.relu(query[row] @ rows.T) * weights[row][:, None]).sum(0)
                 assert ours[row].tolist() == topk_twin(scores.tolist(), k)
             row += 1
@@ -194,15 +196,60 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+PACKED = [
+    (StoredRows(torch.empty(0, 16, dtype=torch.uint8), Packing.FP8_KV, WIDTH, 2), "attention"),
+    (StoredRows(torch.empty(0, 12, dtype=torch.uint8), Packing.FP8_INDEX, WIDTH), "index_topk"),
+    (StoredRows(torch.empty(0, 5, dtype=torch.uint8), Packing.FP4_INDEX, WIDTH), "index_topk"),
+]
+
+
+def packed(kernels: Kernels, form: StoredRows, rows: Tensor) -> tuple[StoredRows, StoredRows]:
+    """Rows in a packed format, NaN where `rows` are, and plain rows of the values that it holds."""
+    data = torch.full((len(rows), form.data.shape[1]), 255, dtype=torch.uint8)
+    stored = dataclasses.replace(form, data=data)
+    written = (~rows.isnan().any(-1)).nonzero().flatten()
+    kernels.store_rows(stored, written, rows[written])
+    return stored, plain_rows(kernels.read_rows(stored, torch.arange(len(rows))))
+
+
 @every_backend()
-def test_workspace_does_not_grow_with_the_context(kernels: Kernels) -> None:
+@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize(("form", "op"), PACKED)
+def test_packed_rows_give_what_their_values_give(kernels: Kernels, name: str, form: StoredRows, op: str) -> None:
+    """The same bits from bytes as from fp32 rows of the same values."""
+    scene = SCENES[name]
+    queries = Segments(sums(scene.new), tuple(scene.past))
+    total, results = sum(scene.new), []
+    query = random(total, HEADS, scene.width, seed=6)
+    both = packed(kernels, form, random(*scene.paged.rows.data.shape, seed=8))
+    context = scene.context(queries, entries=True)
+    pasts = packed(kernels, form, context.past.rows.data)
+    for entries, past in zip(both, pasts, strict=True):
+        paged = dataclasses.replace(scene.paged, rows=entries)
+        if op == "attention":
+            seen = dataclasses.replace(context, past=dataclasses.replace(context.past, rows=past), entries=paged)
+            results.append(kernels.attention(query, scene.new_rows(), seen, random(HEADS), None))
+            chosen = kernels.index_topk(query, random(total, HEADS), paged, queries, scene.ratio, 5)
+            results[-1] += kernels.attention(query, scene.new_rows(), seen, random(HEADS), chosen)
+        else:
+            results.append(kernels.index_topk(query, random(total, HEADS), paged, queries, scene.ratio, 5))
+    assert torch.equal(*results) and not results[0].isnan().any()
+
+
+@every_backend()
+@pytest.mark.parametrize("form", [None, *(form for form, _ in PACKED)])
+def test_workspace_does_not_grow_with_the_context(kernels: Kernels, form: StoredRows | None) -> None:
     """The largest temporary at 16 times the context is the same, for both ops that read the whole history."""
     peaks = []
     for context in (32768, 524288):
         blocks = torch.arange(context // 4 // BLOCK)
-        paged = PagedRows(random(len(blocks) * BLOCK, WIDTH), blocks, (0, len(blocks)), BLOCK)
+        slots = len(blocks) * BLOCK
+        rows = plain_rows(random(slots, WIDTH))
+        if form is not None:
+            rows = dataclasses.replace(form, data=torch.zeros(slots, form.data.shape[1], dtype=torch.uint8))
+        paged = PagedRows(rows, blocks, (0, len(blocks)), BLOCK)
         queries = Segments((0, 64), (context - 64,))
-        past = PastRows(random(WINDOW, WIDTH), torch.arange(WINDOW - 1), (0, WINDOW - 1))
+        past = PastRows(plain_rows(random(WINDOW, WIDTH)), torch.arange(WINDOW - 1), (0, WINDOW - 1))
         everything = AttentionContext(queries, queries, past, paged, 4, WINDOW)
         with LargestTensor() as largest:
             kernels.attention(random(64, HEADS, WIDTH), random(64, WIDTH), everything, random(HEADS), None)

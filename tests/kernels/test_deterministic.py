@@ -236,10 +236,10 @@ def test_unwritten_rows_do_not_matter() -> None:
     scene = Scene([250], [9], 4)
     results = []
     for filler in (0.0, float("nan")):
-        used = torch.zeros(len(scene.paged.rows), dtype=torch.bool)
+        used = torch.zeros(len(scene.paged.rows.data), dtype=torch.bool)
         numbers = torch.arange(scene.ends[0] // 4)
         used[scene.paged.blocks[numbers // 4] * 4 + numbers % 4] = True
-        scene.paged.rows[~used] = filler
+        scene.paged.rows.data[~used] = filler
         results.append([split_run(scene, [9], mode) for mode in ("index", "selected", "all")])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) and not a.isnan().any()

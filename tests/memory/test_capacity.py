@@ -30,6 +30,8 @@ def test_served_rows() -> None:
     for kv, index in FORMATS:
         layout = CacheLayout(kv, index, 64)
         rows[index] = (layout.row_bytes(groups["csa"].streams[0]), layout.row_bytes(groups["index"].streams[0]))
+        padding = {s.kind: layout.padding_bytes(s) for spec in groups.values() for s in spec.streams}
+        assert padding == {"kv": int(kv is RowFormat.FP8), "index": 0, "state": 0}
     assert rows == {
         RowFormat.FP4: (584, 68),
         RowFormat.FP8: (584, 132),
@@ -41,11 +43,11 @@ def test_served_rows() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(configs(), st.sampled_from([RowFormat.FLOAT32, RowFormat.BFLOAT16]), st.integers(1, 8), st.integers(1, 6))
+@given(configs(), st.sampled_from(FORMATS), st.integers(1, 8), st.integers(1, 6))
 def test_the_arena_allocates_what_the_plan_says(
-    config: ModelConfig, form: RowFormat, running: int, megabytes: int
+    config: ModelConfig, form: tuple[RowFormat, RowFormat], running: int, megabytes: int
 ) -> None:
-    groups, layout = cache_groups(config), CacheLayout(form, form, config.rope_dim)
+    groups, layout = cache_groups(config), CacheLayout(*form, config.rope_dim)
     budget = megabytes * 4_000_000
     try:
         plan = plan_cache(groups, layout, budget_bytes=budget, max_running=running)

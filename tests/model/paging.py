@@ -11,9 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from thalweg.cache.geometry import cache_groups
+from thalweg.cache.geometry import StreamSpec, cache_groups
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Segments
+from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.model.inputs import BlockLists, CompressorInputs, RowWrites, StepInputs
 
 
@@ -21,9 +22,10 @@ class PagedSequences:
     """Rows of several sequences in shuffled blocks, with room for `most_tokens` each. Nothing is ever freed."""
 
     def __init__(
-        self, config: ModelConfig, sequences: int, most_tokens: int, dtype: torch.dtype = torch.float32
+        self, config: ModelConfig, sequences: int, most_tokens: int, layout: CacheLayout | None = None
     ) -> None:
         self.config = config
+        layout = layout or CacheLayout(RowFormat.FLOAT32, RowFormat.FLOAT32, config.rope_dim)
         self._streams = {s.name: (spec, s) for spec in cache_groups(config) for s in spec.streams}
         self._blocks: dict[str, list[list[int]]] = {}
         self._rows: dict[tuple[str, int], Tensor] = {}
@@ -34,10 +36,9 @@ class PagedSequences:
             shuffle(ids)
             self._blocks[spec.group.value] = [ids[i * each : (i + 1) * each] for i in range(sequences)]
             for stream in spec.streams:
-                kind = torch.float32 if stream.kind == "state" else dtype
+                slots = sequences * each * stream.rows_per_block
                 for layer in stream.layers:
-                    shape = (sequences * each * stream.rows_per_block, stream.width)
-                    self._rows[stream.name, layer] = torch.full(shape, float("nan"), dtype=kind)
+                    self._rows[stream.name, layer] = _unwritten(slots, stream.width, stream, layout)
 
     def rows(self, stream: str, layer: int) -> Tensor:
         return self._rows[stream, layer]
@@ -136,6 +137,14 @@ class PagedSequences:
             previous=torch.tensor(before, dtype=torch.int64).view(shape) if kind == "csa" else None,
             tail_writes=_writes(writes["tail"]) if kind == "csa" else None,
         )
+
+
+def _unwritten(slots: int, width: int, stream: StreamSpec, layout: CacheLayout) -> Tensor:
+    """Rows that read as NaN."""
+    form = layout.format_of(stream)
+    if form.packed:
+        return torch.full((slots, layout.row_bytes(stream)), 255, dtype=torch.uint8)
+    return torch.full((slots, width), float("nan"), dtype=getattr(torch, form.value))
 
 
 def _writes(pair: tuple[list[int], list[int]]) -> RowWrites:

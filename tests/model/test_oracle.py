@@ -15,6 +15,7 @@ from tests.model.geometries import GEOMETRIES, config_of, engine_weights, oracle
 from tests.model.paging import PagedSequences
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.registry import reference_kernels
+from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate
@@ -52,7 +53,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def forward(case: Case, chunk: int, length: int = TOKENS, numerics: Numerics | None = None) -> torch.Tensor:
     """Logits of every row of a prompt computed in chunks."""
     numerics = numerics or Numerics()
-    cache = PagedSequences(case.config, 1, length, numerics.cache)
+    cache = PagedSequences(case.config, 1, length, CacheLayout(numerics.kv, numerics.index, case.config.rope_dim))
     model = case.model(numerics)
     with torch.inference_mode():
         parts = [
@@ -105,7 +106,7 @@ def test_only_output_rows_are_computed_in_the_last_layer_and_exactly(case: Case)
 
 
 def test_quantization_simulation_reads_back_what_it_attended(case: Case) -> None:
-    numerics = Numerics(simulate_quantization=True)
+    numerics = Numerics.serving(torch.float32, RowFormat.FLOAT32, RowFormat.FLOAT32, simulate=True)
     whole, chunked = forward(case, TOKENS, numerics=numerics), forward(case, 7, numerics=numerics)
     # A value on the edge of two roundings may fall either way by the last bit of a matrix product: few rows differ.
     rows = (whole - chunked).abs().amax(-1)
@@ -121,8 +122,9 @@ def test_bfloat16_stays_near_float32(case: Case) -> None:
     kernels = reference_kernels()
     logits = []
     for tensors, dtype in ((narrow, torch.bfloat16), (wide, torch.float32)):
-        cache = PagedSequences(case.config, 1, 200, dtype)
-        model = Model(case.config, tensors, Numerics(dtype, dtype), kernels)
+        form = RowFormat(str(dtype).removeprefix("torch."))
+        cache = PagedSequences(case.config, 1, 200, CacheLayout(form, form, case.config.rope_dim))
+        model = Model(case.config, tensors, Numerics.serving(dtype, form, form), kernels)
         with torch.inference_mode():
             logits.append(model.forward(cache.inputs([(0, 0, case.tokens[:200])]), cache))
     difference = (logits[0] - logits[1]).abs()

@@ -22,7 +22,8 @@ ConfigFile = Annotated[Path | None, _option("--config", help="TOML file with eng
 ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use.")]
 Device = Annotated[str | None, _option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, _option("--dtype", help="auto, float32 or bfloat16.")]
-KvDtype = Annotated[str | None, _option("--kv-cache-dtype", help="auto, float32 or bfloat16.")]
+KvDtype = Annotated[str | None, _option("--kv-cache-dtype", help="auto, float32, bfloat16 or fp8.")]
+IndexDtype = Annotated[str | None, _option("--index-cache-dtype", help="auto, float32, bfloat16, fp8 or fp4.")]
 Simulation = Annotated[
     bool | None, _option("--quantization-simulation", help="Round as FP8 KV and an FP4 index would.")
 ]

@@ -31,6 +31,7 @@ def generate(
     config: flags.ConfigFile = None,
     dtype: flags.Dtype = None,
     kv_cache_dtype: flags.KvDtype = None,
+    index_cache_dtype: flags.IndexDtype = None,
     quantization_simulation: flags.Simulation = None,
     deterministic: flags.Deterministic = None,
     max_model_len: flags.MaxLen = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thalweg.cache.geometry import CacheGroupSpec, Group, cache_groups
+from thalweg.cache.geometry import CacheGroupSpec, Group, RowKind, StreamSpec, cache_groups
 from thalweg.checkpoint.parameters import Parameter, Storage, parameters
 from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import load_model_config
@@ -89,6 +89,8 @@ def _format_facts(config: ModelConfig, form: tuple[RowFormat, RowFormat], memory
     layout = CacheLayout(form[0], form[1], config.rope_dim)
     fixed, unit = request_bytes(groups, layout), unit_bytes(groups, layout)
     return {
+        "row_bytes": {kind: layout.row_bytes(stream) for kind, stream in _rows(groups).items()},
+        "row_padding_bytes": {kind: layout.padding_bytes(stream) for kind, stream in _rows(groups).items()},
         "bytes_per_token": {s.group.value: layout.bytes_per_token(s) for s in groups if s.compressed},
         "bytes_per_token_total": unit / config.unit_tokens,
         "bytes_at_1m_tokens": unit * (2**20 // config.unit_tokens),
@@ -106,6 +108,11 @@ def _format_facts(config: ModelConfig, form: tuple[RowFormat, RowFormat], memory
             for n in LENGTHS
         },
     }
+
+
+def _rows(groups: tuple[CacheGroupSpec, ...]) -> dict[str, StreamSpec]:
+    """A stream of each kind of row whose format can be chosen."""
+    return {s.kind.value: s for spec in groups for s in spec.streams if s.kind is not RowKind.STATE}
 
 
 def _checkpoint_bytes(spec: CacheGroupSpec, layout: CacheLayout) -> int:
@@ -133,6 +140,9 @@ def _print(model: str, facts: dict[str, Any]) -> None:
     console.print(f"exact replay of a lost checkpoint: {facts['exact_replay_tokens']:,} tokens")
     formats = facts["formats"]
     table = Table("cache, bytes", *formats, title_justify="left")
+    for kind in next(iter(formats.values()))["row_bytes"]:
+        table.add_row(f"{kind} row", *(f"{f['row_bytes'][kind]:,}" for f in formats.values()))
+        table.add_row(f"  padding in a {kind} row", *(f"{f['row_padding_bytes'][kind]}" for f in formats.values()))
     for group in next(iter(formats.values()))["bytes_per_token"]:
         table.add_row(f"{group} per token", *(f"{f['bytes_per_token'][group]:,.1f}" for f in formats.values()))
     rows = (

@@ -35,6 +35,7 @@ def serve(
     device: flags.Device = None,
     dtype: flags.Dtype = None,
     kv_cache_dtype: flags.KvDtype = None,
+    index_cache_dtype: flags.IndexDtype = None,
     quantization_simulation: flags.Simulation = None,
     deterministic: flags.Deterministic = None,
     max_model_len: flags.MaxLen = None,

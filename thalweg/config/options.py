@@ -17,6 +17,7 @@ _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**1
 _BYTES = ("kv_cache_memory", "kv_host_memory", "kv_disk_space")
 _POLICIES = ("boundary", "full", "exact-replay", "bounded-replay")
 _BYTE_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "TIB": 2**40, "TB": 10**12, "T": 2**40}
+_SAME_FORMAT = {"fp8_e4m3": "fp8", "bf16": "bfloat16"}  # what users of other engines type
 
 _OF_SERVERS = frozenset({"THALWEG_API_KEY"})  # variables that are no engine options
 
@@ -29,7 +30,8 @@ class EngineOptions:
     served_model_name: str | None = None
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, float32, bfloat16: weights and activations
-    kv_cache_dtype: str = "auto"  # auto, float32, bfloat16: window, CSA, HCA and index rows
+    kv_cache_dtype: str = "auto"  # auto, float32, bfloat16, fp8: window, CSA and HCA rows
+    index_cache_dtype: str = "auto"  # auto, float32, bfloat16, fp8, fp4: index keys
     quantization_simulation: bool = False  # round KV to FP8 and the index to FP4 as the released model was trained
     deterministic: bool = False  # logits bit-equal in any batch, chunking and after any cache hit
     max_model_len: int | None = None  # tokens of prompt and output
@@ -79,6 +81,8 @@ def _typed(name: str, value: Any) -> Any:
             raise ConfigError(f"{name}: {value!r} is not a number", param=name) from None
     if isinstance(value, dict | list):
         raise ConfigError(f"{name}: {value!r} is not a text", param=name)
+    if name in ("kv_cache_dtype", "index_cache_dtype"):
+        return _SAME_FORMAT.get(str(value), str(value))
     return value if value is None else str(value)
 
 
@@ -102,7 +106,8 @@ def _check(options: EngineOptions) -> None:
     choices = {
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16"),
-        "kv_cache_dtype": ("auto", "float32", "bfloat16"),
+        "kv_cache_dtype": ("auto", "float32", "bfloat16", "fp8"),
+        "index_cache_dtype": ("auto", "float32", "bfloat16", "fp8", "fp4"),
         "chat_encoding": ("preview", "later"),
     }
     for name, allowed in choices.items():

@@ -112,7 +112,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     arena = CacheArena(plan, device)
     tiering = _tiering(options, coordinator, BlockPacker(arena), choices)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(tiering, limits, _namespaces(checkpoint, numerics, policy, kernel_set))
+    scheduler = Scheduler(tiering, limits, namespaces(checkpoint, numerics, policy, kernel_set))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos))
     engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
@@ -200,18 +200,43 @@ def _numerics(options: EngineOptions, config: ModelConfig) -> tuple[torch.device
         fits = wide <= _FLOAT32_SHARE * psutil.virtual_memory().total
         compute = "float32" if not use_cuda and fits else "bfloat16"
         why = "fp32 weights fit well in memory" if compute == "float32" else "the checkpoint's own width"
-    kept = compute if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
-    numerics = Numerics(_DTYPES[compute], _DTYPES[kept], options.quantization_simulation)
-    simulation = "FP8 KV and FP4 index rounding" if options.quantization_simulation else "no storage rounding"
+    kv, index = _row_formats(options, compute)
+    numerics = Numerics.serving(_DTYPES[compute], kv, index, simulate=options.quantization_simulation)
     choices = [
         Choice(
             "device", str(device), "a GPU is there" if use_cuda else "as set" if options.device == "cpu" else "no GPU"
         ),
         Choice("dtype", compute, why),
-        Choice("kv cache dtype", kept, simulation),
         Choice("threads", str(torch.get_num_threads()), "as set" if options.threads else "torch's default"),
     ]
     return device, numerics, choices
+
+
+def _row_formats(options: EngineOptions, compute: str) -> tuple[RowFormat, RowFormat]:
+    """KV rows follow the activations and index keys the KV rows, FP4 ones under simulation: FP8 cannot hold those."""
+    kv = RowFormat(compute if options.kv_cache_dtype == "auto" else options.kv_cache_dtype)
+    if options.index_cache_dtype != "auto":
+        return kv, RowFormat(options.index_cache_dtype)
+    return kv, RowFormat.FP4 if kv is RowFormat.FP8 and options.quantization_simulation else kv
+
+
+def _formats(numerics: Numerics, groups: tuple[CacheGroupSpec, ...], layout: CacheLayout) -> list[Choice]:
+    """Formats of the cache with the bytes of a row."""
+    streams = {stream.name: stream for spec in groups for stream in spec.streams}
+    shown = (
+        ("kv cache dtype", "window", numerics.kv_rounding),
+        ("index cache dtype", "index", numerics.index_rounding),
+    )
+    return [
+        Choice(
+            what,
+            layout.format_of(streams[name]).value,
+            f"{layout.row_bytes(streams[name])} bytes per row, {layout.padding_bytes(streams[name])} of them padding; "
+            f"rounding: {rounding.value}",
+        )
+        for what, name, rounding in shown
+        if name in streams
+    ]
 
 
 def _cache_plan(
@@ -223,8 +248,7 @@ def _cache_plan(
         budget = int(min(_DEFAULT_CACHE_BYTES, _DEFAULT_CACHE_SHARE * available))
         why = "the lesser of 4 GiB and a quarter of the free memory"
     groups = cache_groups(config)
-    form = RowFormat("float32" if numerics.cache is torch.float32 else "bfloat16")
-    layout = CacheLayout(form, form, config.rope_dim)
+    layout = CacheLayout(numerics.kv, numerics.index, config.rope_dim)
     plan = plan_cache(
         groups,
         layout,
@@ -232,6 +256,7 @@ def _cache_plan(
         max_running=options.max_num_seqs,
         prefix_caching=options.enable_prefix_caching,
     )
+    choices += _formats(numerics, groups, layout)
     choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
     return groups, plan
 
@@ -253,15 +278,15 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
     return length
 
 
-def _namespaces(
+def namespaces(
     checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy, kernel_set: KernelSet
 ) -> Callable[[Sequence], Namespace]:
-    """Prefix caches are shared only under the same weights, tokenizer, numerics, kernels, tenant and salt, and never
-    with rows that an approximate policy made."""
+    """Prefix caches are shared only under the same weights, tokenizer, numerics, kernels, threads, tenant and salt, and
+    never with rows that an approximate policy made."""
     words = (checkpoint.directory / "tokenizer.json").read_bytes()
     kernels = sorted((choice.op, choice.backend) for choice in kernel_set.choices)
-    about = f"{fingerprint(checkpoint)} {numerics} {kernels} {policy.unit_tokens} {policy.approximation}".encode()
-    computed = digest_of(about, words)
+    made_by = (numerics, kernels, torch.get_num_threads(), policy.unit_tokens, policy.approximation)
+    computed = digest_of(fingerprint(checkpoint).encode(), repr(made_by).encode(), words)
     return lambda sequence: namespace_of(computed, sequence.request)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from torch import Tensor
 
@@ -18,12 +19,37 @@ class Segments:
         return len(self.starts)
 
 
+class Packing(StrEnum):
+    """Byte formats of stored rows; kernels/reference/quantize.py packs them."""
+
+    PLAIN = "plain"  # elements of a float dtype
+    FP8_KV = "fp8_kv"  # e4m3, the rotated channels bf16, a power-of-two scale per 64
+    FP8_INDEX = "fp8_index"  # e4m3, one fp32 scale
+    FP4_INDEX = "fp4_index"  # e2m1 of Hadamard-rotated keys, a power-of-two scale per 32
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Rows as they lie in the cache: `data` [slots, width] of a float dtype if plain, else uint8 [slots, bytes of a
+    row]. `width` is in elements; the last `rope_dim` of them are the rotated channels of a KV row (0 elsewhere)."""
+
+    data: Tensor
+    packing: Packing
+    width: int
+    rope_dim: int = 0
+
+
+def plain_rows(data: Tensor) -> StoredRows:
+    """Rows [slots, width] of a float dtype."""
+    return StoredRows(data, Packing.PLAIN, data.shape[-1])
+
+
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """Cached rows of one stream and layer. `rows` [slots, width]; sequence s has the blocks
+    """Cached rows of one stream and layer. Sequence s has the blocks
     blocks[offsets[s]:offsets[s+1]] (int64), in token order; block b holds slots b*rows_per_block onwards."""
 
-    rows: Tensor
+    rows: StoredRows
     blocks: Tensor
     offsets: tuple[int, ...]
     rows_per_block: int
@@ -33,7 +59,7 @@ class PagedRows:
 class PastRows:
     """Cached rows by slot: sequence s reads rows[slots[offsets[s]:offsets[s+1]]], oldest first (slots int64)."""
 
-    rows: Tensor
+    rows: StoredRows
     slots: Tensor
     offsets: tuple[int, ...]
 

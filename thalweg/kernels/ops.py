@@ -1,7 +1,8 @@
 """The operations of a V4 forward pass, as typed signatures. A backend offers functions of these shapes.
 
 T tokens in a flat ragged batch, Q of them with queries, D hidden, N residual streams, H heads of d elements (the last r
-rotated), E compressed entries, k selected entries, m tokens per entry. All ops are pure: they return new tensors.
+rotated), E compressed entries, k selected entries, m tokens per entry.
+All ops but store_rows are pure: they return new tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments
+from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments, StoredRows
 
 
 class Linear(Protocol):
@@ -128,7 +129,8 @@ class Experts(Protocol):
 
 
 class RoundKv(Protocol):
-    """FP8 storage rounding of KV rows [..., d]: all but the last r channels to e4m3 in blocks of 64 (model-spec 5)."""
+    """FP8 storage rounding of KV rows [..., d]: all but the last r channels to e4m3 in blocks of 64, the
+    rotated ones to bf16 (model-spec 5)."""
 
     def __call__(self, rows: Tensor, rope_dim: int) -> Tensor: ...
 
@@ -137,6 +139,28 @@ class RoundIndex(Protocol):
     """Hadamard rotation and FP4 rounding of index queries or keys [..., n], blocks of 32 (model-spec 3.7, 5)."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class RoundIndexFp8(Protocol):
+    """FP8 storage rounding of index keys [..., n]: e4m3 under one scale per key, largest magnitude / 448. fp32."""
+
+    def __call__(self, keys: Tensor) -> Tensor: ...
+
+
+class StoreRows(Protocol):
+    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format.
+
+    Packing rounds as round_kv, round_index_fp8 or (keys being rotated already) round_index do, and holds rows that were
+    rounded by round_kv or round_index exactly.
+    """
+
+    def __call__(self, stored: StoredRows, slots: Tensor, rows: Tensor) -> None: ...
+
+
+class ReadRows(Protocol):
+    """Gather rows of a cache stream: fp32 [..., width] for slots int64 [...]. Only what is gathered is unpacked."""
+
+    def __call__(self, stored: StoredRows, slots: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,3 +182,6 @@ class Kernels:
     experts: Experts
     round_kv: RoundKv
     round_index: RoundIndex
+    round_index_fp8: RoundIndexFp8
+    store_rows: StoreRows
+    read_rows: ReadRows

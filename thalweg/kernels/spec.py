@@ -113,19 +113,17 @@ OPS: tuple[OpSpec, ...] = (
         "index_topk",
         "sum_h w_h relu(q_h . key), the k best; ties to the lowest entry",
         0.0,
-        ("queries", "heads", "width", "entries", "k", "element"),
+        ("queries", "heads", "width", "entries", "k", "element", "row_bytes"),
         lambda s: s["queries"] * s["entries"] * s["heads"] * (2 * s["width"] + 3),
-        lambda s: (s["queries"] * s["heads"] + s["entries"]) * s["width"] * s["element"] + 8 * s["queries"] * s["k"],
+        lambda s: s["queries"] * (s["heads"] * s["width"] * s["element"] + 8 * s["k"]) + s["entries"] * s["row_bytes"],
     ),
     OpSpec(
         "attention",
         "softmax over window, entries and sink; key = value",
         2e-5,
-        ("queries", "heads", "width", "window", "entries", "distinct_rows", "element"),
+        ("queries", "heads", "width", "window", "entries", "distinct_rows", "element", "row_bytes"),
         lambda s: 4 * s["heads"] * s["width"] * _visible_keys(s),
-        lambda s: (
-            2 * s["queries"] * s["heads"] * s["width"] * s["element"] + s["distinct_rows"] * s["width"] * s["element"]
-        ),
+        lambda s: 2 * s["queries"] * s["heads"] * s["width"] * s["element"] + s["distinct_rows"] * s["row_bytes"],
     ),
     OpSpec(
         "route",
@@ -156,7 +154,7 @@ OPS: tuple[OpSpec, ...] = (
     ),
     OpSpec(
         "round_kv",
-        "e4m3 rounding in blocks of 64 with power-of-two scales",
+        "e4m3 rounding in blocks of 64 with power-of-two scales, rotated channels to bf16",
         0.0,
         ("rows", "width", "element"),
         lambda s: 4 * s["rows"] * s["width"],
@@ -169,6 +167,30 @@ OPS: tuple[OpSpec, ...] = (
         ("rows", "width", "element"),
         lambda s: s["rows"] * s["width"] * (s["width"].bit_length() + 8),
         lambda s: 2 * s["rows"] * s["width"] * s["element"],
+    ),
+    OpSpec(
+        "round_index_fp8",
+        "e4m3 rounding with one fp32 scale per row",
+        0.0,
+        ("rows", "width", "element"),
+        lambda s: 4 * s["rows"] * s["width"],
+        lambda s: s["rows"] * s["width"] * (s["element"] + 4),
+    ),
+    OpSpec(
+        "store_rows",
+        "rows packed into the bytes of a cache stream",
+        0.0,
+        ("rows", "width", "element", "row_bytes"),
+        lambda s: 4 * s["rows"] * s["width"],
+        lambda s: s["rows"] * (s["width"] * s["element"] + s["row_bytes"] + 8),
+    ),
+    OpSpec(
+        "read_rows",
+        "rows gathered from a cache stream and unpacked to fp32",
+        0.0,
+        ("rows", "width", "row_bytes"),
+        lambda s: s["rows"] * s["width"],
+        lambda s: s["rows"] * (s["row_bytes"] + 4 * s["width"] + 8),
     ),
 )
 

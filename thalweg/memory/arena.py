@@ -6,33 +6,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thalweg.cache.geometry import RowKind, StreamSpec
-from thalweg.errors import ConfigError
+from thalweg.cache.geometry import StreamSpec
 from thalweg.memory.capacity import CachePlan
-from thalweg.memory.layout import RowFormat
+from thalweg.memory.layout import CacheLayout, RowFormat
 
 _TORCH = {RowFormat.FLOAT32: torch.float32, RowFormat.BFLOAT16: torch.bfloat16}
-_NUMPY = {torch.float32: np.float32, torch.bfloat16: np.int16}
+_NUMPY = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.uint8: np.uint8}
 
 
 class CacheArena:
-    """Rows of every stream and layer as [slots, width] views. Slot = block * rows_per_block + row in the block."""
+    """Rows of every stream and layer. Slot = block * rows_per_block + row in the block."""
 
     def __init__(self, plan: CachePlan, device: torch.device) -> None:
         self.plan = plan
         self.device = device
         self._streams: dict[str, Tensor] = {}
         self._layers: dict[str, dict[int, int]] = {}
-        self._blocks = {s.name: plan.pool_blocks[spec.group] for spec in plan.groups for s in spec.streams}
+        self._blocks: dict[str, int] = {}
         for spec in plan.groups:
             for stream in spec.streams:
-                slots = plan.pool_blocks[spec.group] * stream.rows_per_block
-                shape = (len(stream.layers), slots, stream.width)
-                self._streams[stream.name] = _zeros(shape, _dtype(stream, plan), device)
+                blocks = plan.pool_blocks[spec.group]
+                width, dtype = _elements(stream, plan.layout)
+                shape = (len(stream.layers), blocks * stream.rows_per_block, width)
+                self._streams[stream.name] = _zeros(shape, dtype, device)
                 self._layers[stream.name] = {layer: i for i, layer in enumerate(stream.layers)}
+                self._blocks[stream.name] = blocks
 
     def rows(self, stream: str, layer: int) -> Tensor:
-        """The rows of a stream in a model layer, [slots, width], as a view."""
+        """The rows of a stream in a model layer, as a view: [slots, width] of the stream's dtype, or uint8
+        [slots, bytes of a row] where its format is packed."""
         return self._streams[stream][self._layers[stream][layer]]
 
     def block_bytes_view(self, stream: str, layer: int) -> Tensor:
@@ -46,13 +48,10 @@ class CacheArena:
         return sum(t.numel() * t.element_size() for t in self._streams.values())
 
 
-def _dtype(stream: StreamSpec, plan: CachePlan) -> torch.dtype:
-    if stream.kind is RowKind.STATE:
-        return torch.float32
-    form = plan.layout.kv if stream.kind is RowKind.KV else plan.layout.index
-    if form not in _TORCH:
-        raise ConfigError(f"kv_cache_dtype: pools in {form.value} are not implemented; use float32 or bfloat16")
-    return _TORCH[form]
+def _elements(stream: StreamSpec, layout: CacheLayout) -> tuple[int, torch.dtype]:
+    """Elements of a row and their dtype."""
+    form = layout.format_of(stream)
+    return (layout.row_bytes(stream), torch.uint8) if form.packed else (stream.width, _TORCH[form])
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@
     fp8        (d-r) e4m3 + 2 r bf16 + ceil((d-r)/64) UE8M0, padded to 8      n e4m3 + one fp32 scale
     fp4        -                                                              n/2 e2m1 + ceil(n/32) UE8M0
 
-For V4 (d 512, r 64, n 128) that is 584 bytes per KV row and 132 or 68 bytes per index key (mission, "Bytes").
+For V4 (d 512, r 64, n 128) that is 584 bytes per KV row, one of them padding, and 132 or 68 bytes per index key.
 Compressor state is always fp32.
 """
 
@@ -31,6 +31,11 @@ class RowFormat(StrEnum):
     FP8 = "fp8"
     FP4 = "fp4"
 
+    @property
+    def packed(self) -> bool:
+        """True where a row is bytes, not elements of one dtype."""
+        return self in (RowFormat.FP8, RowFormat.FP4)
+
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
@@ -44,21 +49,29 @@ class CacheLayout:
         if self.kv is RowFormat.FP4:
             raise ConfigError("kv_cache_dtype: KV rows have no fp4 form; use fp8, bfloat16 or float32")
 
+    def format_of(self, stream: StreamSpec) -> RowFormat:
+        """The format of a stream's rows."""
+        if stream.kind is RowKind.STATE:
+            return RowFormat.FLOAT32
+        return self.kv if stream.kind is RowKind.KV else self.index
+
     def row_bytes(self, stream: StreamSpec) -> int:
         """Bytes of one row of a stream in one layer, padding included."""
-        width = stream.width
-        if stream.kind is RowKind.STATE:
-            return 4 * width
-        form = self.kv if stream.kind is RowKind.KV else self.index
-        if form in (RowFormat.FLOAT32, RowFormat.BFLOAT16):
+        return self._data_bytes(stream) + self.padding_bytes(stream)
+
+    def padding_bytes(self, stream: StreamSpec) -> int:
+        """Bytes of `row_bytes` that hold nothing."""
+        packed_kv = stream.kind is RowKind.KV and self.kv is RowFormat.FP8
+        return -self._data_bytes(stream) % _ROW_ALIGNMENT if packed_kv else 0
+
+    def _data_bytes(self, stream: StreamSpec) -> int:
+        form, width = self.format_of(stream), stream.width
+        if not form.packed:
             return width * (4 if form is RowFormat.FLOAT32 else 2)
         if stream.kind is RowKind.KV:
             plain = width - self.rope_dim
-            packed = plain + 2 * self.rope_dim + -(-plain // _KV_SCALE_BLOCK)
-            return -(-packed // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        if form is RowFormat.FP8:
-            return width + 4
-        return width // 2 + -(-width // _INDEX_SCALE_BLOCK)
+            return plain + 2 * self.rope_dim + -(-plain // _KV_SCALE_BLOCK)
+        return width + 4 if form is RowFormat.FP8 else width // 2 + -(-width // _INDEX_SCALE_BLOCK)
 
     def block_bytes(self, spec: CacheGroupSpec) -> int:
         """Bytes of one block of a group: all its streams and layers."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from thalweg.config.model import LayerKind, ModelConfig
-from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments
+from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments, StoredRows
 from thalweg.kernels.ops import Kernels
-from thalweg.model.compressor import Compressor, CompressorStreams, write_rows
+from thalweg.model.compressor import Compressor, CompressorStreams
 from thalweg.model.inputs import CacheRows, CompressorInputs, StepInputs
 from thalweg.model.numerics import Numerics
 from thalweg.model.rotary import Angles
@@ -48,7 +48,7 @@ class Attention:
             queries = step.output_segments if last else step.segments
             x, angles = (x[step.output_rows], angles.at(step.output_rows)) if last else (x, angles)
             result = self._attend(x, kv, angles, step, queries, cache)
-        write_rows(cache.rows("window", self._layer), step.window_writes, kv)
+        kernels.store_rows(self._rows("window", cache), step.window_writes.slots, kv[step.window_writes.source])
         return result
 
     def _compress(self, x: Tensor, step: StepInputs, tables: StepTables, cache: CacheRows) -> None:
@@ -57,13 +57,16 @@ class Attention:
             return
         inputs, angles, phase = tables.compressor(self._kind)
         entries = self._compressor.entries(x, phase, inputs, angles, cache)
-        rows = cache.rows(self._kind.value, self._layer)
-        rows.index_copy_(0, inputs.entries[self._kind.value], self._stored(entries))
+        stream = self._kind.value
+        self._kernels.store_rows(self._rows(stream, cache), inputs.entries[stream], self._stored(entries))
         if self._indexer is not None:
             self._indexer.write_keys(x, phase, inputs, angles, cache)
 
     def _stored(self, entries: Tensor) -> Tensor:
         return self._numerics.stored_kv(entries, self._config.rope_dim, self._kernels)
+
+    def _rows(self, stream: str, cache: CacheRows) -> StoredRows:
+        return self._numerics.kv_rows(cache.rows(stream, self._layer), self._config)
 
     def _attend(
         self, x: Tensor, kv: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows
@@ -76,8 +79,9 @@ class Attention:
         selected = None
         if self._indexer is not None:
             selected = self._indexer.select(x, low, angles, step, queries, cache)
-        past = PastRows(cache.rows("window", self._layer), step.past_slots, step.past_offsets)
-        entries = None if self._compressor is None else paged_rows(self._kind.value, self._layer, step, cache)
+        past = PastRows(self._rows("window", cache), step.past_slots, step.past_offsets)
+        stream = self._kind.value
+        entries = None if self._compressor is None else paged_rows(stream, self._rows(stream, cache), step)
         ratio = config.ratio_of(self._layer)
         context = AttentionContext(queries, step.segments, past, entries, ratio, config.window)
         mixed = kernels.attention(query, kv, context, weights["attn_sink"], selected)
@@ -106,8 +110,8 @@ class Indexer:
 
     def write_keys(self, x: Tensor, phase: Tensor, inputs: CompressorInputs, angles: Angles, cache: CacheRows) -> None:
         keys = self._compressor.entries(x, phase, inputs, angles, cache)
-        stored = self._numerics.stored_index(keys, self._kernels)
-        cache.rows("index", self._layer).index_copy_(0, inputs.entries["index"], stored)
+        keys = self._numerics.stored_index(keys, self._kernels)
+        self._kernels.store_rows(self._rows(cache), inputs.entries["index"], keys)
 
     def select(
         self, x: Tensor, low: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows
@@ -119,11 +123,14 @@ class Indexer:
         query = self._numerics.index_query(kernels.rotate(query, angles.cos, angles.sin), kernels)
         scale = (config.index_heads * config.index_head_dim) ** -0.5
         weights = kernels.linear(x, self._weights["weights_proj.weight"]).float() * scale
-        keys = paged_rows("index", self._layer, step, cache)
+        keys = paged_rows("index", self._rows(cache), step)
         return kernels.index_topk(query, weights, keys, queries, config.csa_ratio, config.index_topk)
 
+    def _rows(self, cache: CacheRows) -> StoredRows:
+        return self._numerics.index_rows(cache.rows("index", self._layer), self._config)
 
-def paged_rows(stream: str, layer: int, step: StepInputs, cache: CacheRows) -> PagedRows:
+
+def paged_rows(stream: str, rows: StoredRows, step: StepInputs) -> PagedRows:
     """The rows of a compressed stream of all sequences of the step."""
     blocks = step.blocks[stream]
-    return PagedRows(cache.rows(stream, layer), blocks.ids, blocks.offsets, blocks.rows_per_block)
+    return PagedRows(rows, blocks.ids, blocks.offsets, blocks.rows_per_block)

@@ -16,7 +16,8 @@ from thalweg.kernels.arguments import Segments
 
 
 class CacheRows(Protocol):
-    """The rows of a cache stream in one layer, as a view [slots, width] that ops read and write."""
+    """The rows of a cache stream in one layer, as a view that ops read and write: [slots, width] of a float dtype, or
+    uint8 [slots, bytes of a row] where the stream's format is packed."""
 
     def rows(self, stream: str, layer: int) -> Tensor: ...
 

@@ -1,45 +1,96 @@
-"""How a model computes and in what form its cache rows are kept."""
+"""How a model computes and in what form its cache rows are kept: the one place that knows formats and roundings.
+
+What is stored is rounded before anybody uses it, so that a row read back equals the row that its own step attended to.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from thalweg.config.model import ModelConfig
 from thalweg.errors import ConfigError
+from thalweg.kernels.arguments import Packing, StoredRows
 from thalweg.kernels.ops import Kernels
+from thalweg.memory.layout import RowFormat
+
+_TORCH = {RowFormat.FLOAT32: torch.float32, RowFormat.BFLOAT16: torch.bfloat16}
+
+
+class Rounding(StrEnum):
+    """To which values rows are rounded, in whatever format they are kept."""
+
+    NONE = "none"
+    FP8 = "fp8"  # KV rows: e4m3 in blocks of 64, rotated channels bf16. Index keys: e4m3 with one scale per key
+    FP4 = "fp4"  # index keys and queries: Hadamard rotation, then e2m1 in blocks of 32
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """`compute` is the dtype of weights and activations, `cache` that of KV rows and index keys. With
-    `simulate_quantization` KV rows are rounded as FP8 storage rounds them and index queries and keys go through a
-    Hadamard rotation and FP4, as the released models were trained (model-spec section 5)."""
+    """`compute` is the dtype of weights and activations; `kv` and `index` are the formats of KV rows and index keys.
+    A packed format implies its rounding; wide formats may be rounded too and then give the same bits as packed ones."""
 
     compute: torch.dtype = torch.float32
-    cache: torch.dtype = torch.float32
-    simulate_quantization: bool = False
+    kv: RowFormat = RowFormat.FLOAT32
+    index: RowFormat = RowFormat.FLOAT32
+    kv_rounding: Rounding = Rounding.NONE
+    index_rounding: Rounding = Rounding.NONE
+
+    def __post_init__(self) -> None:
+        for form, rounding in ((self.kv, self.kv_rounding), (self.index, self.index_rounding)):
+            assert form in _TORCH or form.value == rounding.value, f"{form.value} holds no rows of rounding {rounding}"
+        assert self.index is not RowFormat.BFLOAT16 or self.index_rounding is not Rounding.FP8, "bf16 has too few bits"
+
+    @classmethod
+    def serving(cls, compute: torch.dtype, kv: RowFormat, index: RowFormat, *, simulate: bool = False) -> Numerics:
+        """The roundings that the formats imply; `simulate` rounds wide rows as FP8 KV and an FP4 index would
+        (model-spec 5). Raises ConfigError for an FP8 index under simulation: it cannot hold FP4's values."""
+        if simulate and index is RowFormat.FP8:
+            raise ConfigError(
+                "index_cache_dtype: quantization_simulation rounds index keys to FP4; keep them as fp4, bfloat16 or "
+                "float32",
+                param="index_cache_dtype",
+            )
+        kv_rounding = Rounding.FP8 if simulate or kv is RowFormat.FP8 else Rounding.NONE
+        index_rounding = Rounding.FP4 if simulate else Rounding.NONE if index in _TORCH else Rounding(index.value)
+        return cls(compute, kv, index, kv_rounding, index_rounding)
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ConfigError if the simulation does not fit the model's dims."""
+        """Raise ConfigError if the roundings do not fit the model's dims."""
         size = config.index_head_dim
-        if self.simulate_quantization and size & (size - 1):
+        if self.index_rounding is Rounding.FP4 and size & (size - 1):
+            name = "index_cache_dtype" if self.index is RowFormat.FP4 else "quantization_simulation"
             raise ConfigError(
-                f"quantization_simulation rotates by Hadamard: index_head_dim must be a power of two, not {size}",
-                param="quantization_simulation",
+                f"{name}: an FP4 index is rotated by Hadamard: index_head_dim must be a power of two, not {size}",
+                param=name,
             )
 
     def stored_kv(self, rows: Tensor, rope_dim: int, kernels: Kernels) -> Tensor:
-        """KV rows in the form in which they are cached: what is attended is what is stored."""
-        if self.simulate_quantization:
+        """KV rows with the values that the cache will hold: what is attended is what is stored."""
+        if self.kv_rounding is Rounding.FP8:
             rows = kernels.round_kv(rows, rope_dim)
-        return rows.to(self.cache)
+        return rows.to(_TORCH.get(self.kv, rows.dtype))
 
     def stored_index(self, keys: Tensor, kernels: Kernels) -> Tensor:
-        """Index keys in the form in which they are cached."""
-        return self.index_query(keys, kernels).to(self.cache)
+        """Index keys for the cache, from which alone they are read. FP8 packing rounds by itself, and only once: the
+        scale of rounded keys may differ in the last bit."""
+        if self.index_rounding is Rounding.FP8 and self.index is not RowFormat.FP8:
+            return kernels.round_index_fp8(keys)
+        return self.index_query(keys, kernels)
 
     def index_query(self, query: Tensor, kernels: Kernels) -> Tensor:
-        return kernels.round_index(query) if self.simulate_quantization else query
+        """Index queries, in the space of the stored keys."""
+        return kernels.round_index(query) if self.index_rounding is Rounding.FP4 else query
+
+    def kv_rows(self, data: Tensor, config: ModelConfig) -> StoredRows:
+        """A KV stream of one layer as ops read and write it."""
+        packing = Packing.FP8_KV if self.kv is RowFormat.FP8 else Packing.PLAIN
+        return StoredRows(data, packing, config.head_dim, config.rope_dim)
+
+    def index_rows(self, data: Tensor, config: ModelConfig) -> StoredRows:
+        """Index keys of one layer as ops read and write them."""
+        packing = {RowFormat.FP8: Packing.FP8_INDEX, RowFormat.FP4: Packing.FP4_INDEX}.get(self.index, Packing.PLAIN)
+        return StoredRows(data, packing, config.index_head_dim)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from thalweg.kernels.arguments import AttentionContext, PagedRows
 from thalweg.kernels.deterministic.linear import VECTOR, each_product, linear, padded
 from thalweg.kernels.reference.paging import entry_slots
+from thalweg.kernels.reference.rows import read_rows
 
 QUERY_TILE = 32
 ENTRY_TILE = 256  # dense (HCA) entries taken in at once; a short history pays for all of them
@@ -77,12 +78,12 @@ def _window_rows(new_rows: Tensor, context: AttentionContext, s: int) -> tuple[T
     past = context.past
     slots = past.slots[past.offsets[s] : past.offsets[s + 1]]
     new = new_rows[context.keys.offsets[s] : context.keys.offsets[s + 1]]
-    return torch.cat([past.rows[slots].float(), new.float()]), context.keys.starts[s] - len(slots)
+    return torch.cat([read_rows(past.rows, slots), new.float()]), context.keys.starts[s] - len(slots)
 
 
 def _entry_rows(entries: PagedRows, s: int, numbers: Tensor) -> Tensor:
     """Rows of entries of a sequence, fp32 and padded."""
-    return padded(entries.rows[entry_slots(entries, s, numbers)].float())
+    return padded(read_rows(entries.rows, entry_slots(entries, s, numbers)))
 
 
 def _add_window(softmax: _Softmax, rows: Tensor, origin: int, positions: Tensor, window: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thalweg.kernels.arguments import AttentionContext, PagedRows
 from thalweg.kernels.reference.paging import entry_slots
+from thalweg.kernels.reference.rows import read_rows
 
 QUERY_TILE = 128  # with a window of 128 each tile reads at most 255 window rows
 ENTRY_TILE = 1024  # dense (HCA) entries taken in at once
@@ -76,7 +77,7 @@ def _window_rows(new_rows: Tensor, context: AttentionContext, s: int) -> tuple[T
     past = context.past
     slots = past.slots[past.offsets[s] : past.offsets[s + 1]]
     new = new_rows[context.keys.offsets[s] : context.keys.offsets[s + 1]]
-    return torch.cat([past.rows[slots].to(new.dtype), new]), context.keys.starts[s] - len(slots)
+    return torch.cat([read_rows(past.rows, slots).to(new.dtype), new]), context.keys.starts[s] - len(slots)
 
 
 def _add_window(softmax: _Softmax, rows: Tensor, origin: int, positions: Tensor, window: int) -> None:
@@ -95,7 +96,7 @@ def _add_selected(softmax: _Softmax, entries: PagedRows, s: int, selected: Tenso
     # "None" is stood in for by another selected row: an unwritten one may hold anything, NaN too, and a weight of zero
     # would not silence that. Only a query without any entry has no such row.
     stand_in = selected.amax(-1, keepdim=True)
-    rows = entries.rows[entry_slots(entries, s, torch.where(visible, selected, stand_in).clamp_min(0))].float()
+    rows = read_rows(entries.rows, entry_slots(entries, s, torch.where(visible, selected, stand_in).clamp_min(0)))
     if int(stand_in.min()) < 0:
         rows = rows.masked_fill(~visible[..., None], 0.0)
     softmax.add(rows, visible)
@@ -105,4 +106,4 @@ def _add_all(softmax: _Softmax, entries: PagedRows, s: int, visible: Tensor) -> 
     count = int(visible[-1])
     for begin in range(0, count, ENTRY_TILE):
         numbers = torch.arange(begin, min(begin + ENTRY_TILE, count), device=visible.device)
-        softmax.add(entries.rows[entry_slots(entries, s, numbers)].float(), numbers[None, :] < visible[:, None])
+        softmax.add(read_rows(entries.rows, entry_slots(entries, s, numbers)), numbers[None, :] < visible[:, None])

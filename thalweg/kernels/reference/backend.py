@@ -13,6 +13,7 @@ from thalweg.kernels.reference import (
     norm,
     quantize,
     rotary,
+    rows,
 )
 
 
@@ -34,4 +35,7 @@ def reference_kernels() -> Kernels:
         experts=moe.experts,
         round_kv=quantize.round_kv,
         round_index=quantize.round_index,
+        round_index_fp8=quantize.round_index_fp8,
+        store_rows=rows.store_rows,
+        read_rows=rows.read_rows,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thalweg.kernels.arguments import PagedRows, Segments
 from thalweg.kernels.reference.paging import entry_slots
+from thalweg.kernels.reference.rows import read_rows
 
 KEY_TILE = 2048  # keys scored at once: some MiB of keys, large enough for a good matrix product
 SCORE_ELEMENTS = 1 << 22  # queries x heads x keys of one tile: 16 MiB of fp32 scores
@@ -63,7 +64,7 @@ def _best(
     running = torch.empty((len(visible), 0), dtype=torch.int64, device=device)
     for begin in range(0, count, KEY_TILE):
         entries = torch.arange(begin, min(begin + KEY_TILE, count), device=device)
-        rows = keys.rows[entry_slots(keys, sequence, entries)].float()
+        rows = read_rows(keys.rows, entry_slots(keys, sequence, entries))
         ranked = _ranked(scores(query, weights, rows), entries)
         ranked = ranked.masked_fill(entries >= visible[:, None], _NONE)
         running = torch.cat([running, ranked], 1)
