@@ -142,6 +142,54 @@ def test_salt_and_user_divide_a_tenant_and_cannot_be_mistaken_for_each_other(gua
     assert chat(alice, text, prompt_cache_key="k", user="u") > 0
 
 
+def report(server: Server, key: str, text: str, **extra: str) -> dict:
+    """The cache report of a chat request."""
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "return_cache_report": True, **extra}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=bearer(key), timeout=60)
+    return response.json()["cache"]
+
+
+def test_not_even_the_reason_of_a_miss_tells_of_another_tenant(guarded: Server) -> None:
+    text = str(uuid.uuid4()) + " some words" * 100
+    httpx.post(f"{guarded.url}/reset_prefix_cache", headers=bearer(ALICE))
+    assert report(guarded, ALICE, text)["reason"] == "cold"
+    told = report(guarded, BOB, text)
+    assert told["reason"] == "cold" and told["divergence_token"] is None
+    assert report(guarded, ALICE, text, cache_salt="x")["reason"] == "tenant"
+
+
+def test_a_restart_keeps_the_disk_of_each_tenant_apart(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    flags = ("--api-keys-file", str(file), "--kv-disk-dir", str(tmp_path / "disk"))
+    text = "some words " * 200
+    for names in (("alice", "bob"), ("renamed", "bob")):
+        file.write_text(f'[keys]\n{names[0]} = "{ALICE}"\n{names[1]} = "{BOB}"\n')
+        server = start(*flags)
+        try:
+            first = report(server, ALICE, text, cache_salt="same")
+            other = report(server, BOB, text, cache_salt="same")
+        finally:
+            server.process.terminate()
+            server.process.wait(20)
+        assert (first["disk_tokens"] > 300) == (names[0] == "renamed")
+        if names[0] == "alice":
+            assert other["resume_token"] == 0 and other["reason"] == "cold"
+    assert other["disk_tokens"] == first["disk_tokens"], "a tenant hits what is its own"
+
+
+def test_a_disk_filled_by_one_tenant_is_cold_for_another(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[keys]\nalice = "{ALICE}"\nbob = "{BOB}"\n')
+    for key in (ALICE, BOB):
+        server = start("--api-keys-file", str(file), "--kv-disk-dir", str(tmp_path / "disk"))
+        try:
+            told = report(server, key, "some words " * 200)
+        finally:
+            server.process.terminate()
+            server.process.wait(20)
+        assert told["resume_token"] == 0 and told["reason"] == "cold"
+
+
 def test_prompts_that_repeat_without_a_hit_are_noticed_once_and_no_key_is_ever_shown() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THALWEG_API_KEY", "not this one, as the flag is stronger")

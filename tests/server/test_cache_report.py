@@ -136,7 +136,7 @@ def test_only_the_named_tiers_are_reset(http: httpx.Client) -> None:
     for query in ("?tiers=disk", "?tiers=host,disk", "?tiers=host&tiers=disk"):
         assert http.post(f"/reset_prefix_cache{query}").json() == {"forgotten_tokens": 0}
     assert http.post(CHAT, json=body).json()["usage"]["prompt_cache_hit_tokens"] > 0
-    assert http.post("/reset_prefix_cache?tiers=device,disk").json()["forgotten_tokens"] > 0
+    assert http.post("/reset_prefix_cache?tiers=device,host,disk").json()["forgotten_tokens"] > 0
     assert http.post(CHAT, json=body).json()["usage"]["prompt_cache_hit_tokens"] == 0
 
 

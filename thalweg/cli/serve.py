@@ -15,6 +15,7 @@ from thalweg.errors import ConfigError
 
 if TYPE_CHECKING:
     from thalweg.engine.runtime import Runtime
+    from thalweg.server.access import ApiKeys
 
 _GRACE_SECONDS = 3  # a step under way ends first, then every open request is told
 _LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
@@ -59,17 +60,23 @@ def serve(
 
     keys = load_keys(api_key, api_keys_file)
     listener = _listen(host, port)
-    import uvicorn
-
     from thalweg.cli.progress import weights_progress
     from thalweg.engine.runtime import build_runtime
-    from thalweg.server.app import create_app
-    from thalweg.server.service import Service
 
     with weights_progress() as progress:
         runtime = build_runtime(options, progress)
     _print_report(runtime)
     print(f"API keys of: {', '.join(keys.names)}" if keys.names else "no API key is needed")
+    _run(runtime, keys, listener)
+
+
+def _run(runtime: Runtime, keys: ApiKeys, listener: socket.socket) -> None:
+    """Answer requests until a signal comes."""
+    import uvicorn
+
+    from thalweg.server.app import create_app
+    from thalweg.server.service import Service
+
     app = create_app(Service(runtime), keys)
 
     class Server(uvicorn.Server):

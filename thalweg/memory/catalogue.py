@@ -387,7 +387,7 @@ def _cover(spans: list[tuple[int, int, str]], digests: Sequence[bytes]) -> Itera
         best = max(best, span, key=lambda candidate: candidate[1])
     if best[1] > (chosen[-1][1] if chosen else 0):
         chosen.append(best)
-    for (start, end, name), following in zip(chosen, [*chosen[1:], None], strict=True):
+    for (start, end, name), following in zip(chosen, [*chosen, None][1:], strict=True):
         end = following[0] if following else end
         yield Piece(name, start, end - start, digests[end - 1])
 
