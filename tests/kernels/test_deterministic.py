@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.test_attention import HEADS, SCENES, Scene, random, sums
 from thalweg.kernels.arguments import PagedRows, Segments
-from thalweg.kernels.deterministic.linear import TILE, each_product, grouped_linear, linear
+from thalweg.kernels.deterministic.linear import TILE, each_product, grouped_linear, linear, varying_shapes
 from thalweg.kernels.deterministic.sums import folded, sigmoid, softplus
 from thalweg.kernels.registry import deterministic_kernels, reference_kernels
 from thalweg.kernels.spec import spec_of
@@ -76,6 +76,15 @@ def test_linear_takes_any_memory() -> None:
     assert torch.equal(linear(view, weight), linear(view.contiguous(), weight))
     assert linear(view[:0], weight).shape == (0, 24)
     assert torch.equal(linear(wide[..., :40], weight)[:, 2], linear(wide[:, 2, :40], weight))
+
+
+def test_start_up_finds_shapes_that_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [random(9, 24), random(4, 2, 7, 33), random(5), torch.zeros((3, 3), dtype=torch.int64)]
+    assert varying_shapes(weights) == []
+    monkeypatch.setattr(
+        "thalweg.kernels.deterministic.linear.linear", lambda x, w: x @ w.T + torch.arange(len(x)).unsqueeze(1)
+    )
+    assert varying_shapes(weights) == [(9, 24), (7, 33)]
 
 
 @ANY_THREADS

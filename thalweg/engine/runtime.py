@@ -32,6 +32,7 @@ from thalweg.engine.scheduler import Scheduler, SchedulerLimits
 from thalweg.engine.shadow import Shadow
 from thalweg.engine.tiering import DISK, HOST, Tiering
 from thalweg.errors import ConfigError
+from thalweg.kernels.deterministic.linear import varying_shapes
 from thalweg.kernels.registry import KernelSet, select_kernels
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
@@ -104,8 +105,10 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     groups, plan = _cache_plan(options, config, numerics, choices)
     max_model_len = _max_model_len(options, config, plan, choices)
     weights = allocate(config, numerics.compute, device)
-    _load(checkpoint, weights, progress)
     kernel_set = select_kernels(device, deterministic=options.deterministic)
+    _load(checkpoint, weights, progress)
+    if options.deterministic:
+        choices.append(_checked_products(weights))
     model = Model(config, weights, numerics, kernel_set.kernels)
     policy = window_policy(options, config)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
@@ -167,6 +170,18 @@ def _load(checkpoint: Checkpoint, weights: dict[str, Tensor], progress: Callable
     cores all of them sleep between operations: the engine's decode then takes twice the time."""
     with ThreadPoolExecutor(1) as loader:
         loader.submit(load_parameters, checkpoint, weights, progress=progress).result()
+
+
+def _checked_products(weights: dict[str, Tensor]) -> Choice:
+    """Deterministic mode rests on how this machine's library multiplies: try it on every shape of weights."""
+    with ThreadPoolExecutor(1) as checker:  # a thread that ends, as in _load
+        varying = checker.submit(varying_shapes, weights.values()).result()
+    if varying:
+        raise ConfigError(
+            f"deterministic: products with weights of the shape {varying[0]} depend on the batch on this machine",
+            param="deterministic",
+        )
+    return Choice("deterministic", "on", "products with all shapes of weights were tried: rows do not depend on others")
 
 
 def _about(options: EngineOptions, checkpoint: Checkpoint) -> list[Choice]:
