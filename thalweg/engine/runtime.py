@@ -296,11 +296,12 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
 def namespaces(
     checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy, kernel_set: KernelSet
 ) -> Callable[[Sequence], Namespace]:
-    """Prefix caches are shared only under the same weights, tokenizer, numerics, kernels, threads, tenant and salt, and
-    never with rows that an approximate policy made."""
+    """Prefix caches are shared only under the same weights, tokenizer, numerics, kernels, tenant and salt, and never
+    with rows that an approximate policy made. A deterministic engine's bits also depend on the number of threads."""
     words = (checkpoint.directory / "tokenizer.json").read_bytes()
     kernels = sorted((choice.op, choice.backend) for choice in kernel_set.choices)
-    made_by = (numerics, kernels, torch.get_num_threads(), policy.unit_tokens, policy.approximation)
+    threads = torch.get_num_threads() if any(backend == "deterministic" for _, backend in kernels) else None
+    made_by = (numerics, kernels, threads, policy.unit_tokens, policy.approximation)
     computed = digest_of(fingerprint(checkpoint).encode(), repr(made_by).encode(), words)
     return lambda sequence: namespace_of(computed, sequence.request)
 

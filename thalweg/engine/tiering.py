@@ -12,10 +12,13 @@ Sideways: a running request that must give way takes its blocks to host memory a
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 from thalweg.cache.coordinator import Coordinator, Held
 from thalweg.cache.geometry import Group
@@ -29,10 +32,12 @@ from thalweg.memory.record import RecordHead, RecordKind
 from thalweg.memory.tier import Found, Tier
 from thalweg.types import CacheReport, MissReason
 
+_log = logging.getLogger("thalweg.engine")
 HOST, DISK = "host", "disk"
 RECORD_UNITS = 32  # units of one record of rows: 4,096 tokens, 14 MiB for Flash in the served format
 STORES_IN_FLIGHT_BYTES = 256 * 2**20
 _NO_ORIGIN = bytes(16)
+Answer = TypeVar("Answer")
 
 
 @dataclass(slots=True)
@@ -99,7 +104,7 @@ class Tiering:
         forgotten = self.coordinator.reset() if tiers is None or "device" in tiers else 0
         for name, tier in self._tiers.items():
             if tiers is None or name in tiers:
-                tier.clear()
+                _asked(tier.clear, 0)
         return forgotten
 
     # -- down -------------------------------------------------------------------------------------------------
@@ -229,7 +234,7 @@ class Tiering:
         if match.resume == limit or not self.coordinator.fits(match, len(sequence)):
             return None
         digests = self.coordinator.index.digests(namespace, sequence.tokens, limit)
-        found = {name: tier.find(digests) for name, tier in self._tiers.items()}
+        found = {name: _asked(partial(tier.find, digests), Found((), 0, ())) for name, tier in self._tiers.items()}
         sequence.load = LoadOutcome(stored_units=max(f.units for f in found.values()))
         plan = self._plan(match, found)
         if plan is None:
@@ -252,7 +257,7 @@ class Tiering:
     def _note_other_weights(self, sequence: Sequence, namespace: Namespace) -> None:
         own = unit_digest(b"", namespace.own)
         origin = self.coordinator.index.content_digest(namespace, sequence.tokens)
-        if any(tier.other_weights(origin, own) for tier in self._tiers.values()):
+        if any(_asked(partial(tier.other_weights, origin, own), False) for tier in self._tiers.values()):
             sequence.load = LoadOutcome(other_weights=True)
 
     def _plan(self, match: Match, found: Mapping[str, Found]) -> _Plan | None:
@@ -299,7 +304,7 @@ class Tiering:
         self.counters["failed_loads" if failed else "loads"] += 1
         self.counters["loaded_units"] += units - loading.first_unit
         for name, found in loading.found.items():
-            self._tiers[name].touch(found)
+            _asked(partial(self._tiers[name].touch, found), None)
         ready(loading)
 
     def report(self, sequence: Sequence, report: CacheReport) -> CacheReport:
@@ -330,7 +335,7 @@ class Tiering:
             return False
         snapshot = running.cache.snapshot()
         size = sum(self._mover.block_bytes(group) * len(ids) for group, ids in snapshot.blocks.items())
-        if not self._host.reserve(size):
+        if not _asked(partial(self._host.reserve, size), False):
             self.counters["swaps_without_room"] += 1
             return False
         running.sequence.swapped = Swapped(snapshot, self._mover.take_out(snapshot.blocks), size)
@@ -373,6 +378,15 @@ class Tiering:
         if sequence.swapped is not None and self._host is not None:
             self._host.release(sequence.swapped.size_bytes)
         sequence.swapped = None
+
+
+def _asked(question: Callable[[], Answer], otherwise: Answer) -> Answer:
+    """A tier's answer. One that cannot give it has nothing: no request fails for the sake of a cache."""
+    try:
+        return question()
+    except Exception:
+        _log.exception("a tier could not be asked")
+        return otherwise
 
 
 def _sources(found: Mapping[str, Found], known: int, units: int) -> Iterator[tuple[str, int, int, int]]:
