@@ -244,13 +244,13 @@ def test_requests_that_give_way_come_back_without_computing_again(fields: dict) 
     outcomes = [submit(engine, str(i), prompt, max_tokens=70) for i, prompt in enumerate(prompts)]
     assert all(o.done.wait(120) for o in outcomes)
     settled(engine)
-    counters = engine.status().counters
+    counters, usage = engine.status().counters, host.usage()
     engine._scheduler.coordinator.check()
     engine.close()
     assert [o.tokens for o in outcomes] == expected
     assert counters["swapped_out"] > 0 and counters["swapped_out"] == counters["swapped_in"]
     assert counters["step_tokens"] == 3 * (200 + 69)
-    assert host.usage().bytes == host.usage().rows_bytes + host.usage().checkpoint_bytes
+    assert usage.bytes == usage.rows_bytes + usage.checkpoint_bytes
 
 
 def test_without_room_in_host_memory_they_compute_again(fields: dict) -> None:

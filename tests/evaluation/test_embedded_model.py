@@ -35,6 +35,16 @@ def test_single_needles(url: str, context: str) -> None:
     assert [asked for _, asked in facts["by_alignment"]] == [8, 8, 8, 8]
 
 
+def test_needles_in_the_served_byte_formats() -> None:
+    """FP8 KV rows and FP4 index keys: 88 and 34 bytes where float32 takes 256 each."""
+    flags = ("--max-num-batched-tokens", "2048", "--kv-cache-dtype", "fp8", "--index-cache-dtype", "fp4")
+    server = start(*flags)
+    facts = needle(server.url, "--context", "4k", "--questions", "8", "--seed", "15")
+    server.process.terminate()
+    assert server.process.wait(10) is not None
+    assert facts["questions"] == facts["right"] == 8, facts["wrong"]
+
+
 def test_forks_of_one_document_are_read_once(url: str) -> None:
     facts = needle(url, "--context", "8k", "--questions", "9", "--seed", "12")
     shared = (8192 - 16 - 16) // 128 * 128

@@ -16,6 +16,7 @@ from thalweg.memory.record import Bytes, Record, RecordKind
 from thalweg.memory.tier import Tier
 
 _log = logging.getLogger("thalweg.memory")
+_DROPPED_REMEMBERED = 100_000  # digests of units
 _LOADERS = 2  # one reads a file while the other checks and unpacks the one before
 
 
@@ -25,6 +26,7 @@ class Transfers:
     def __init__(self, packer: BlockPacker, tiers: Mapping[str, Tier]) -> None:
         self._packer = packer
         self._tiers = tiers
+        self._dropped: dict[str, set[bytes]] = {name: set() for name in tiers}  # the storing thread's
         self._storing = ThreadPoolExecutor(1, "thalweg-store", initializer=_one_thread)
         self._loading = ThreadPoolExecutor(_LOADERS, "thalweg-load", initializer=_one_thread)
 
@@ -37,14 +39,23 @@ class Transfers:
             rows = job.head.kind is RecordKind.ROWS
             data = self._packer.pack_units(job.blocks) if rows else self._packer.pack_checkpoint(job.blocks)
             job.gathered.set()
-            record = Record(job.head, data)
-            written = [self._tiers[name].write(record) for name in job.tiers]
+            written = [self._write(name, Record(job.head, data)) for name in job.tiers]
             kept = any(written)
         except Exception:
             _log.exception("a record could not be stored")
         finally:
             job.gathered.set()
             done(kept)
+
+    def _write(self, name: str, record: Record) -> bool:
+        """Write a record to a tier, unless what it hangs on did not get there: nobody would ever find it."""
+        head, dropped = record.head, self._dropped[name]
+        kept = head.anchor not in dropped and self._tiers[name].write(record)
+        if head.kind is RecordKind.ROWS:
+            (dropped.difference_update if kept else dropped.update)(head.digests)
+        if len(dropped) > _DROPPED_REMEMBERED:
+            dropped.clear()
+        return kept
 
     def load(self, job: LoadJob, done: Callable[[LoadResult], None]) -> None:
         futures = [self._loading.submit(self._load_part, part) for part in job.parts]
