@@ -295,6 +295,18 @@ class Catalogue:
                 database.executemany(_USE, [(uses[name], now, name) for name in names[at : at + STEP_RECORDS]])
 
 
+def unreachable(entries: Iterable[Entry]) -> list[Entry]:
+    """Of entries, parents first, those whose chain from the start of a prompt is broken."""
+    reached: set[bytes] = set()
+    lost = []
+    for entry in entries:
+        if entry.anchor in reached or (entry.kind == RecordKind.ROWS and entry.first_unit == 0):
+            reached.update(split_digests(entry.digests))
+        else:
+            lost.append(entry)
+    return lost
+
+
 def _connect(path: Path | None) -> sqlite3.Connection:
     connection = sqlite3.connect(path or ":memory:", _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.create_function("priority", 4, priority, deterministic=True)
@@ -387,8 +399,8 @@ def _cover(spans: list[tuple[int, int, str]], digests: Sequence[bytes]) -> Itera
         best = max(best, span, key=lambda candidate: candidate[1])
     if best[1] > (chosen[-1][1] if chosen else 0):
         chosen.append(best)
-    for (start, end, name), following in zip(chosen, [*chosen[1:], None], strict=True):
-        end = following[0] if following else end
+    ends = [start for start, _, _ in chosen[1:]] + [end for _, end, _ in chosen[-1:]]
+    for (start, _, name), end in zip(chosen, ends, strict=True):
         yield Piece(name, start, end - start, digests[end - 1])
 
 
