@@ -79,8 +79,8 @@ class Entry:
 Limit = Callable[[sqlite3.Connection], int]  # bytes that all records may take, asked within a transaction
 Remove = Callable[[Entry], None]  # deletes the bytes of a record, before its entry goes
 
-_COLUMNS = ", ".join(field.name for field in fields(Entry))
-_INSERT = f"INSERT INTO record ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Entry)))})"
+_COLUMNS = ", ".join(f"record.{field.name}" for field in fields(Entry))
+_INSERT = f"INSERT INTO record ({', '.join(field.name for field in fields(Entry))}) VALUES ({', '.join('?' * len(fields(Entry)))})"
 _CLOCK = "SELECT value FROM setting WHERE name = 'clock'"
 _USE = f"""UPDATE record SET uses = uses + ?1, used_at = ?2,
   priority = priority(({_CLOCK}), uses + ?1, saved_tokens, bytes) WHERE name = ?3"""
@@ -134,6 +134,7 @@ class Catalogue:
 
     def check(self) -> None:
         """Read the whole file. Raises sqlite3.DatabaseError if it is damaged."""
+        self._write.execute(f"SELECT {_COLUMNS}, total.records, value FROM record, total, setting LIMIT 0")
         result = self._write.execute("PRAGMA quick_check(1)").fetchone()[0]
         if result != "ok":
             raise sqlite3.DatabaseError(result)
