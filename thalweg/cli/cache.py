@@ -147,9 +147,7 @@ def import_(
     counts: Counter[str] = Counter()
     with _opened(target, None) as folder:
         try:
-            with tarfile.open(file, "r:") as archive:
-                for member in archive:
-                    counts[_import(folder, archive, member)] += 1
+            counts.update(_imported(folder, file))
         except (tarfile.TarError, EOFError) as error:
             print(f"{file}: {error}")
             counts["refused"] += 1
@@ -249,8 +247,19 @@ def _export(folder: RecordFolder, entry: Entry, archive: tarfile.TarFile, writte
     written.update(records=1, bytes=len(content))
 
 
-def _import(folder: RecordFolder, archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    """Take in one member; what became of it. Its name is shown, and never used: records name themselves."""
+def _imported(folder: RecordFolder, file: Path) -> Iterator[str]:
+    """Take in an archive; what became of each member."""
+    missing: set[bytes] = set()
+    with tarfile.open(file, "r:") as archive:
+        for member in archive:
+            yield _import(folder, archive, member, missing)
+
+
+def _import(folder: RecordFolder, archive: tarfile.TarFile, member: tarfile.TarInfo, missing: set[bytes]) -> str:
+    """Take in one member; what became of it. Its name is shown, and never used: records name themselves.
+
+    What continues a record without room, whose digests are in `missing`, shall not push out others.
+    """
     from thalweg.memory.folder import Written
     from thalweg.memory.record import RecordError, decode
 
@@ -259,7 +268,12 @@ def _import(folder: RecordFolder, archive: tarfile.TarFile, member: tarfile.TarI
         print(f"{member.name!r}: not a plain file")
         return "refused"
     try:
-        written = folder.write(decode(stream.read()), lambda entry: None)
+        record = decode(stream.read())
+        written = Written.NO_ROOM
+        if record.head.anchor not in missing:
+            written = folder.write(record, lambda entry: None)
+        if written is Written.NO_ROOM:
+            missing.update(record.head.digests)
     except RecordError as error:
         print(f"{member.name!r}: {error}")
         return "refused"

@@ -79,8 +79,9 @@ class Entry:
 Limit = Callable[[sqlite3.Connection], int]  # bytes that all records may take, asked within a transaction
 Remove = Callable[[Entry], None]  # deletes the bytes of a record, before its entry goes
 
-_COLUMNS = ", ".join(f"record.{field.name}" for field in fields(Entry))
-_INSERT = f"INSERT INTO record ({', '.join(field.name for field in fields(Entry))}) VALUES ({', '.join('?' * len(fields(Entry)))})"
+_NAMES = tuple(field.name for field in fields(Entry))
+_COLUMNS = ", ".join(f"record.{name}" for name in _NAMES)
+_INSERT = f"INSERT INTO record ({', '.join(_NAMES)}) VALUES ({', '.join('?' * len(_NAMES))})"
 _CLOCK = "SELECT value FROM setting WHERE name = 'clock'"
 _USE = f"""UPDATE record SET uses = uses + ?1, used_at = ?2,
   priority = priority(({_CLOCK}), uses + ?1, saved_tokens, bytes) WHERE name = ?3"""
@@ -166,18 +167,18 @@ class Catalogue:
         """See Tier.find. Records may overlap: the pieces reach as far as any choice of them does."""
         table = b"".join(digests)
         spans: list[tuple[int, int, str]] = []  # first unit, end of the match, name
-        checkpoints, end = [], 0
+        checkpoints: list[int] = []
+        end = 0
         with self._read_lock:
             self._learn()
             for unit in [number for number, digest in enumerate(digests) if digest in self._firsts]:
                 if unit > end:
                     break
-                for name, kind, own in self._starting(digests[unit]):
-                    if kind == RecordKind.CHECKPOINT:
-                        checkpoints.append(unit + 1)
-                        continue
-                    spans.append((unit, unit + _common_units(own, table, unit * DIGEST_BYTES), name))
-                    end = max(end, spans[-1][1])
+                found = self._starting(digests[unit])
+                checkpoints += [unit + 1 for _, kind, _ in found if kind == RecordKind.CHECKPOINT]
+                starts = [(name, own) for name, kind, own in found if kind == RecordKind.ROWS]
+                spans += [(unit, unit + _common_units(own, table, unit * DIGEST_BYTES), name) for name, own in starts]
+                end = max((end, *(span[1] for span in spans[len(spans) - len(starts) :])))
         pieces = tuple(_cover(spans, digests))
         return Found(pieces, end, tuple(boundary for boundary in checkpoints if boundary <= end))
 
