@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -10,11 +12,13 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from tests.cli.commands import run
+from tests.cli.commands import run, run_alone
 from tests.memory.records import chain, checkpoint, rows
+from thalweg.cli.main import main
 from thalweg.memory.catalogue import Catalogue
 from thalweg.memory.disk import DiskTier
 from thalweg.memory.folder import CATALOGUE_NAME
@@ -62,11 +66,17 @@ def fill(path: Path) -> None:
 
 
 def command(*arguments: str, code: int = 0) -> str:
-    """What it prints, in a process of its own."""
-    full = [sys.executable, "-m", "thalweg", "cache", *arguments]
-    result = subprocess.run(full, capture_output=True, text=True, check=False)
-    assert result.returncode == code and "Traceback" not in result.stderr, (result.returncode, result.stderr)
-    return result.stdout
+    """What it prints."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["thalweg", "cache", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert (end.value.code or 0) == code, err.getvalue()
+    return out.getvalue()
 
 
 def names(path: Path) -> set[str]:
@@ -78,7 +88,7 @@ def names(path: Path) -> set[str]:
 
 
 def test_list(directory: Path) -> None:
-    seen = json.loads(command("ls", "--kv-disk-dir", str(directory), "--json"))
+    seen = json.loads(run_alone("cache", "ls", "--kv-disk-dir", str(directory), "--json"))
     assert (seen["records"], seen["capacity_bytes"]) == (5, CAPACITY)
     mine = [entry for entry in seen["entries"] if entry["namespace"] == (b"n" * 16).hex()]
     assert [(e["kind"], e["first_token"], e["tokens"], e["checkpoints"]) for e in mine] == [
@@ -185,11 +195,12 @@ def test_a_server_tolerates_what_the_commands_do(tmp_path: Path) -> None:
     fill(tmp_path)
     tier = DiskTier(tmp_path, CAPACITY)
     found = tier.find(DIGESTS)
-    command("export", str(tmp_path.parent / f"{tmp_path.name}.tar"), str(tmp_path))
-    command("rm", str(tmp_path), "--all")
+    archive = str(tmp_path.parent / f"{tmp_path.name}.tar")
+    run_alone("cache", "export", archive, str(tmp_path))
+    run_alone("cache", "rm", str(tmp_path), "--all")
     assert tier.read_rows(found.pieces[0]) is None and tier.find(DIGESTS).units == 0
     assert tier.usage().rows_records == 0 and tier.usage().read_failures == 0
-    command("import", str(tmp_path.parent / f"{tmp_path.name}.tar"), str(tmp_path))
+    run_alone("cache", "import", archive, str(tmp_path))
     found = tier.find(DIGESTS)
     assert found.units == 6 and all(tier.read_rows(piece) is not None for piece in found.pieces)
     tier.close()
