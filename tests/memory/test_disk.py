@@ -366,3 +366,34 @@ def test_kill_minus_nine(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_kill_minus_nine_two_hundred_times(tmp_path: Path) -> None:
     kill_at_random(tmp_path / "cache", 200, 2)
+
+
+COMPANION = """
+import sys
+from pathlib import Path
+from tests.memory.records import chain, rows
+from thalweg.memory.folder import open_folder
+folder = open_folder(Path(sys.argv[1]))
+for number in range(80):
+    folder.write(rows(chain(7, number), 0, 2, 250_000), lambda entry: None)
+    if number % 20 == 10:
+        folder.forget(folder.catalogue.entries("durable")[:5])
+        folder.reconcile(alone=False)
+"""
+
+
+def test_two_processes_share_one_cap(directory: Path) -> None:
+    """A server writes while commands import, delete and collect beside it."""
+    tier, most, own = DiskTier(directory, 2 * CAPACITY), 0, []
+    with subprocess.Popen([sys.executable, "-c", COMPANION, str(directory)], cwd=ROOT) as process:
+        for number in range(10**6):
+            own.append(rows(chain(8, number), 0, 2, 200_000))
+            tier.write(own[-1])
+            for piece in tier.find(chain(8, number // 2)).pieces:
+                tier.read_rows(piece)
+            most = max(most, directory_bytes(directory))
+            if process.poll() is not None:
+                break
+    assert process.returncode == 0 and CAPACITY < most <= 2 * CAPACITY and tier.usage().read_failures == 0
+    is_sound(tier, own[-100:] + [rows(chain(7, number), 0, 2, 250_000) for number in range(80)])
+    tier.close()
