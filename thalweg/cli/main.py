@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import demo, evaluate, generate, inspect, new_model, serve
+from thalweg.cli import cache, demo, evaluate, generate, inspect, new_model, serve
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("inspect")(inspect.inspect)
 app.command("new-model")(new_model.new_model)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(cache.app, name="cache")
 
 
 def _version(wanted: bool) -> None:

@@ -79,8 +79,9 @@ class Entry:
 Limit = Callable[[sqlite3.Connection], int]  # bytes that all records may take, asked within a transaction
 Remove = Callable[[Entry], None]  # deletes the bytes of a record, before its entry goes
 
-_COLUMNS = ", ".join(field.name for field in fields(Entry))
-_INSERT = f"INSERT INTO record ({_COLUMNS}) VALUES ({', '.join('?' * len(fields(Entry)))})"
+_NAMES = tuple(field.name for field in fields(Entry))
+_COLUMNS = ", ".join(f"record.{name}" for name in _NAMES)
+_INSERT = f"INSERT INTO record ({', '.join(_NAMES)}) VALUES ({', '.join('?' * len(_NAMES))})"
 _CLOCK = "SELECT value FROM setting WHERE name = 'clock'"
 _USE = f"""UPDATE record SET uses = uses + ?1, used_at = ?2,
   priority = priority(({_CLOCK}), uses + ?1, saved_tokens, bytes) WHERE name = ?3"""
@@ -134,6 +135,7 @@ class Catalogue:
 
     def check(self) -> None:
         """Read the whole file. Raises sqlite3.DatabaseError if it is damaged."""
+        self._write.execute(f"SELECT {_COLUMNS}, total.records, value FROM record, total, setting LIMIT 0")
         result = self._write.execute("PRAGMA quick_check(1)").fetchone()[0]
         if result != "ok":
             raise sqlite3.DatabaseError(result)
@@ -165,18 +167,18 @@ class Catalogue:
         """See Tier.find. Records may overlap: the pieces reach as far as any choice of them does."""
         table = b"".join(digests)
         spans: list[tuple[int, int, str]] = []  # first unit, end of the match, name
-        checkpoints, end = [], 0
+        checkpoints: list[int] = []
+        end = 0
         with self._read_lock:
             self._learn()
             for unit in [number for number, digest in enumerate(digests) if digest in self._firsts]:
                 if unit > end:
                     break
-                for name, kind, own in self._starting(digests[unit]):
-                    if kind == RecordKind.CHECKPOINT:
-                        checkpoints.append(unit + 1)
-                        continue
-                    spans.append((unit, unit + _common_units(own, table, unit * DIGEST_BYTES), name))
-                    end = max(end, spans[-1][1])
+                found = self._starting(digests[unit])
+                checkpoints += [unit + 1 for _, kind, _ in found if kind == RecordKind.CHECKPOINT]
+                starts = [(name, own) for name, kind, own in found if kind == RecordKind.ROWS]
+                spans += [(unit, unit + _common_units(own, table, unit * DIGEST_BYTES), name) for name, own in starts]
+                end = max((end, *(span[1] for span in spans[len(spans) - len(starts) :])))
         pieces = tuple(_cover(spans, digests))
         return Found(pieces, end, tuple(boundary for boundary in checkpoints if boundary <= end))
 
@@ -295,6 +297,18 @@ class Catalogue:
                 database.executemany(_USE, [(uses[name], now, name) for name in names[at : at + STEP_RECORDS]])
 
 
+def unreachable(entries: Iterable[Entry]) -> list[Entry]:
+    """Of entries, parents first, those whose chain from the start of a prompt is broken."""
+    reached: set[bytes] = set()
+    lost = []
+    for entry in entries:
+        if entry.anchor in reached or (entry.kind == RecordKind.ROWS and entry.first_unit == 0):
+            reached.update(split_digests(entry.digests))
+        else:
+            lost.append(entry)
+    return lost
+
+
 def _connect(path: Path | None) -> sqlite3.Connection:
     connection = sqlite3.connect(path or ":memory:", _BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.create_function("priority", 4, priority, deterministic=True)
@@ -387,8 +401,8 @@ def _cover(spans: list[tuple[int, int, str]], digests: Sequence[bytes]) -> Itera
         best = max(best, span, key=lambda candidate: candidate[1])
     if best[1] > (chosen[-1][1] if chosen else 0):
         chosen.append(best)
-    for (start, end, name), following in zip(chosen, [*chosen, None][1:], strict=True):
-        end = following[0] if following else end
+    ends = [start for start, _, _ in chosen[1:]] + [end for _, end, _ in chosen[-1:]]
+    for (start, _, name), end in zip(chosen, ends, strict=True):
         yield Piece(name, start, end - start, digests[end - 1])
 
 

@@ -65,7 +65,10 @@ class Tier(Protocol):
         """The verified checkpoint after a unit, uint8 [checkpoint bytes]; counts as a use of it. None: a miss."""
 
     def write(self, record: Record) -> bool:
-        """Keep a record. True: it is stored (or was before). False: dropped, for want of room or by an error."""
+        """Keep a record. True: it is stored (or was before). False: dropped, for want of room or by an error.
+
+        Write what a record hangs on before it; after a False, whatever would hang on that record is of no use.
+        """
 
     def touch(self, found: Found) -> None:
         """Count a use of all pieces."""
