@@ -73,6 +73,12 @@ def settled(engine: Engine) -> None:
     settle(engine, lambda _: not (tiering.busy or tiering._backlog or tiering._in_flight_bytes))
 
 
+def check(engine: Engine) -> None:
+    """Conservation of blocks, once nothing moves any more."""
+    settled(engine)
+    engine._scheduler.coordinator.check()
+
+
 def test_rotation_larger_than_the_pools_comes_from_host_memory(fields: dict) -> None:
     prompts = [prompt_of(seed, 6 * UNIT + 40) for seed in range(3)]
     expected = cold_answers(fields, prompts)
@@ -87,7 +93,7 @@ def test_rotation_larger_than_the_pools_comes_from_host_memory(fields: dict) -> 
             if rotation:
                 assert report.cached_tokens == 6 * UNIT, report
                 assert report.host_tokens > 0 and report.disk_tokens == 0
-    engine._scheduler.coordinator.check()
+    check(engine)
     engine.close()
 
 
@@ -108,7 +114,7 @@ def test_a_restart_hits_from_disk(fields: dict, tmp_path: Path, formats: tuple[R
     for prompt, tokens in zip(prompts, expected, strict=True):
         engine = make(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
         outcome = answer(engine, "again", prompt)
-        engine._scheduler.coordinator.check()
+        check(engine)
         engine.close()
         assert outcome.tokens == tokens
         reports.append(report_of(outcome))
@@ -158,7 +164,7 @@ def test_a_damaged_record_is_a_miss_with_its_reason(fields: dict, tmp_path: Path
     assert disk.usage().read_failures > 0
     settled(engine)
     again = answer(engine, "again", prompt)
-    engine._scheduler.coordinator.check()
+    check(engine)
     engine.close()
     assert again.tokens == expected and report_of(again).cached_tokens == 8 * UNIT
 
@@ -231,7 +237,7 @@ def test_a_tier_in_trouble_costs_no_answer(what: str) -> None:
             settled(engine)
             assert outcome.tokens == expected[i]
     assert tier.calls > 0 and engine.status().counters.get("failed_steps", 0) == 0
-    engine._scheduler.coordinator.check()
+    check(engine)
     engine.close()
 
 
@@ -245,7 +251,7 @@ def test_requests_that_give_way_come_back_without_computing_again(fields: dict) 
     assert all(o.done.wait(120) for o in outcomes)
     settled(engine)
     counters, usage = engine.status().counters, host.usage()
-    engine._scheduler.coordinator.check()
+    check(engine)
     engine.close()
     assert [o.tokens for o in outcomes] == expected
     assert counters["swapped_out"] > 0 and counters["swapped_out"] == counters["swapped_in"]
@@ -286,7 +292,7 @@ def test_a_request_cancelled_while_its_rows_are_loaded() -> None:
     settled(engine)
     outcome = answer(engine, "again", prompts[0])
     assert outcome.tokens == expected[0] and report_of(outcome).cached_tokens == 6 * UNIT
-    engine._scheduler.coordinator.check()
+    check(engine)
     engine.close()
 
 
@@ -301,8 +307,7 @@ def test_every_policy_over_two_tiers(policy: WindowPolicy, tmp_path: Path) -> No
     shape = Shape(max_running=2, policy=policy, checkpoint_interval=256)
     engine = make(fields, shape, units=10, tiers=tiers)
     outcomes = [answer(engine, str(i), prompt) for i, prompt in enumerate(prompts)]
-    settled(engine)
-    engine._scheduler.coordinator.check()
+    check(engine)
     engine.close()
     cached = sum(report_of(o).cached_tokens for o in outcomes)
     assert cached > 0
