@@ -101,7 +101,7 @@ class Coordinator:
         node = None
         if caching:
             node = attached[-1] if attached else self.index.root(namespace)
-            self.index.touch(match.path)
+            self.index.touch(match.path, attached[-1] if attached and not resume.replayed else None)
         cache = self._start(report, resume, node, chosen, attached, len(tokens))
         if attached and not resume.replayed:
             self._share_checkpoint(cache, attached[-1])
@@ -401,9 +401,18 @@ class Coordinator:
         for group, ids in blocks.items():
             for block in ids:
                 self.pools[group].keep(block)
-        self.index.set_checkpoint(node, blocks, reason)
+        self.index.set_checkpoint(node, blocks, reason, self.saved_tokens(node))
         self.checkpoints_made[reason] += 1
         self.fresh_checkpoints.append(node)
+
+    def saved_tokens(self, node: UnitNode) -> int:
+        """What a checkpoint after this unit saves: the way from the one before it, or a replay."""
+        unit, above = self.policy.unit_tokens, node.parent
+        for _ in range(self.policy.replay_tokens // unit or node.depth):
+            if above is None or above.parent is None or above.checkpoint is not None:
+                break
+            above = above.parent
+        return self.policy.saved_tokens(node.depth * unit, above.depth * unit if above is not None else 0)
 
     # -- eviction ---------------------------------------------------------------------------------------------
 

@@ -17,12 +17,14 @@ import numpy as np
 
 from thalweg.cache.geometry import Group
 from thalweg.cache.policy import CheckpointReason
+from thalweg.cache.retention import priority, risen
 from thalweg.types import TokenArray
 
 _EVICTED_REMEMBERED = 1 << 16  # digests kept to tell `evicted` from `diverged`; 2 MiB at most
 _ROOTS_KEPT = 4096  # namespaces; beyond that, those without a unit are forgotten
 
 Blocks = Mapping[Group, tuple[int, ...]]
+Queued = tuple[float, int, int, "UnitNode"]  # value, when it was used, serial number
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,9 @@ class UnitNode:
     """One unit of a cached prefix. `depth` counts units from the root (whose depth is 0)."""
 
     __slots__ = (
-        "alive", "blocks", "checkpoint", "checkpoint_stored", "children", "depth", "digest", "key", "namespace",
-        "parent", "pins", "queued", "reason", "stored", "used", "uses",
+        "alive", "blocks", "checkpoint", "checkpoint_stored", "checkpoint_uses", "checkpoint_value", "children",
+        "depth", "digest", "key", "namespace", "parent", "pins", "queued", "reason", "saved_tokens", "stored", "used",
+        "uses", "value",
     )  # fmt: skip
 
     def __init__(
@@ -62,8 +65,12 @@ class UnitNode:
         self.reason: CheckpointReason | None = None  # of the checkpoint
         self.stored = False  # rows are in a lower tier, or on their way there
         self.checkpoint_stored = False
-        self.used = used
-        self.uses = 0
+        self.used = used  # when, by the index's clock
+        self.uses = 1
+        self.value = 0.0  # what keeping the rows is worth; see retention.py
+        self.saved_tokens = 0  # by the checkpoint
+        self.checkpoint_uses = 1
+        self.checkpoint_value = 0.0
         self.pins = 0
         self.queued: set[int] = set()  # the eviction queues (by id) that have an entry of this unit
         self.alive = True
@@ -88,9 +95,10 @@ class PrefixIndex:
         self._roots: dict[bytes, UnitNode] = {}
         self._tenants: defaultdict[bytes, set[bytes]] = defaultdict(set)  # roots of a tenant
         self._clock = 0
-        self._leaves: list[tuple[int, int, UnitNode]] = []
-        self._checkpoints: list[tuple[int, int, UnitNode]] = []
+        self._leaves: list[Queued] = []
+        self._checkpoints: list[Queued] = []
         self._serial = 0
+        self._unit_age = self._checkpoint_age = 0.0
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
         self.nodes = 0
 
@@ -146,12 +154,21 @@ class PrefixIndex:
         evicted = len(path) < limit_units and self._was_evicted(node, self._key(tokens, len(path)))
         return Match(tuple(path), resume, common, evicted)
 
-    def touch(self, path: tuple[UnitNode, ...]) -> None:
-        """Mark units as used now."""
+    def touch(self, path: tuple[UnitNode, ...], resumed: UnitNode | None) -> None:
+        """Mark units, and the checkpoint that a request resumed at, as used now."""
         self._clock += 1
         for node in path:
             node.used = self._clock
             node.uses += 1
+            node.value = priority(self._unit_age, node.uses, self.unit_tokens, self.unit_tokens)
+        if resumed is not None:
+            resumed.checkpoint_uses += 1
+            self._value_checkpoint(resumed)
+
+    def _value_checkpoint(self, node: UnitNode) -> None:
+        node.checkpoint_value = priority(
+            self._checkpoint_age, node.checkpoint_uses, node.saved_tokens, self.unit_tokens
+        )
 
     def child(self, node: UnitNode, tokens: TokenArray) -> UnitNode | None:
         """The known unit after `node` with the same tokens as the sequence `tokens` has there."""
@@ -163,16 +180,19 @@ class PrefixIndex:
         key = self._key(tokens, node.depth)
         assert node.alive and key not in node.children, "a unit was inserted twice or under a dead one"
         child = UnitNode(node, key, blocks, self._clock, node.namespace)
+        child.value = priority(self._unit_age, 1, self.unit_tokens, self.unit_tokens)
         node.children[key] = child
         self._evicted.pop(child.digest, None)
         self.nodes += 1
         self._offer(self._leaves, child)
         return child
 
-    def set_checkpoint(self, node: UnitNode, blocks: Blocks, reason: CheckpointReason) -> None:
+    def set_checkpoint(self, node: UnitNode, blocks: Blocks, reason: CheckpointReason, saved_tokens: int) -> None:
         """Attach a checkpoint to a unit that has none. The caller has given the index its references."""
         assert node.alive and node.checkpoint is None, "a checkpoint was set twice or on a dead unit"
-        node.checkpoint, node.reason = dict(blocks), reason
+        node.checkpoint, node.reason, node.saved_tokens = dict(blocks), reason, saved_tokens
+        node.checkpoint_uses = 1
+        self._value_checkpoint(node)
         self._offer(self._checkpoints, node)
 
     def pin(self, node: UnitNode) -> None:
@@ -186,18 +206,20 @@ class PrefixIndex:
             self._offer(self._leaves, node)
 
     def evict_unit(self, evictable: Callable[[UnitNode], bool]) -> UnitNode | None:
-        """Remove the least recently used leaf that nobody stands on and `evictable` accepts; None if there is none."""
+        """Remove the leaf of least value that nobody stands on and `evictable` accepts; None if there is none."""
         node = self._take(self._leaves, lambda n: not n.children and n.pins == 0, evictable)
         if node is not None:
+            self._unit_age = risen(self._unit_age, node.value)
             self._detach(node)
             self._remember(node.digest)
         return node
 
     def evict_checkpoint(self, evictable: Callable[[UnitNode], bool]) -> Blocks | None:
-        """Take the least recently used checkpoint that `evictable` accepts off its unit; None if there is none."""
+        """Take the checkpoint of least value that `evictable` accepts off its unit; None if there is none."""
         node = self._take(self._checkpoints, lambda n: n.checkpoint is not None, evictable)
         if node is None:
             return None
+        self._checkpoint_age = risen(self._checkpoint_age, node.checkpoint_value)
         blocks, node.checkpoint = node.checkpoint, None
         return blocks
 
@@ -231,28 +253,32 @@ class PrefixIndex:
         part = tokens[unit * self.unit_tokens : (unit + 1) * self.unit_tokens]
         return np.ascontiguousarray(part, np.int32).tobytes()
 
-    def _offer(self, heap: list[tuple[int, int, UnitNode]], node: UnitNode) -> None:
+    def _offer(self, heap: list[Queued], node: UnitNode) -> None:
         if id(heap) in node.queued:
             return  # one entry per unit and queue, or a long-lived unit would gather them
         node.queued.add(id(heap))
         self._serial += 1
-        heapq.heappush(heap, (node.used, self._serial, node))
+        heapq.heappush(heap, (*self._rank(heap, node), self._serial, node))
+
+    def _rank(self, heap: list[Queued], node: UnitNode) -> tuple[float, int]:
+        """By value, then by when it was used."""
+        return (node.value if heap is self._leaves else node.checkpoint_value), node.used
 
     def _take(
         self,
-        heap: list[tuple[int, int, UnitNode]],
+        heap: list[Queued],
         candidate: Callable[[UnitNode], bool],
         evictable: Callable[[UnitNode], bool],
     ) -> UnitNode | None:
-        """Pop the oldest candidate. Entries are lazy: a unit used since is put back, a refused one is set aside."""
+        """Pop the candidate of least value. Entries are lazy: one used since is put back, a refused one set aside."""
         refused: list[UnitNode] = []
         found = None
         while heap and found is None:
-            used, _, node = heapq.heappop(heap)
+            value, used, _, node = heapq.heappop(heap)
             node.queued.discard(id(heap))
             if not node.alive or not candidate(node):
                 continue
-            if used != node.used:
+            if (value, used) != self._rank(heap, node):
                 self._offer(heap, node)
             elif evictable(node):
                 found = node

@@ -74,9 +74,9 @@ def read_document(tokens: int) -> str:
 
 
 @contextmanager
-def running_server(model: str) -> Iterator[tuple[Client, subprocess.Popen[str]]]:
+def running_server(model: str, *flags: str) -> Iterator[tuple[Client, subprocess.Popen[str]]]:
     """A real server process on a free port; ended when the block ends, however it ends."""
-    command = [sys.executable, "-m", "thalweg", "serve", model, "--port", "0", "--max-num-seqs", "4"]
+    command = [sys.executable, "-m", "thalweg", "serve", model, "--port", "0", "--max-num-seqs", "4", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield Client(f"http://127.0.0.1:{_ready_port(process)}", os.environ.get("THALWEG_API_KEY")), process

@@ -13,7 +13,8 @@ Sideways: a running request that must give way takes its blocks to host memory a
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -65,9 +66,16 @@ class _Plan:
 class Tiering:
     """Owned by the engine thread. `post` runs an action on that thread; the engine gives it before it starts."""
 
-    def __init__(self, coordinator: Coordinator, tiers: Mapping[str, Tier], mover: Mover | None) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        tiers: Mapping[str, Tier],
+        mover: Mover | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.coordinator = coordinator
-        self.counters: Counter[str] = Counter()
+        self.counters: defaultdict[str, float] = defaultdict(float)
+        self._clock = clock
         self._tiers = tiers
         host = tiers.get(HOST)
         self._host = host if isinstance(host, HostTier) else None
@@ -176,9 +184,8 @@ class Tiering:
     def _head(self, kind: RecordKind, nodes: SequenceOf[UnitNode]) -> RecordHead:
         first, policy = nodes[0], self.coordinator.policy
         assert first.parent is not None, "a root has no rows"
-        saved = len(nodes) * policy.unit_tokens
-        if kind is RecordKind.CHECKPOINT:
-            saved = policy.saved_tokens(first.depth * policy.unit_tokens, self._previous_checkpoint(first))
+        checkpoint = kind is RecordKind.CHECKPOINT
+        saved = self.coordinator.saved_tokens(first) if checkpoint else len(nodes) * policy.unit_tokens
         return RecordHead(
             kind=kind,
             namespace=unit_digest(b"", first.namespace.own),
@@ -189,16 +196,6 @@ class Tiering:
             saved_tokens=saved,
             unit_tokens=policy.unit_tokens,
         )
-
-    def _previous_checkpoint(self, node: UnitNode) -> int:
-        """Where a request would resume without this unit's checkpoint, in tokens."""
-        unit = self.coordinator.policy.unit_tokens
-        above = node.parent
-        for _ in range(self.coordinator.policy.replay_tokens // unit):
-            if above is None or above.checkpoint is not None:
-                break
-            above = above.parent
-        return above.depth * unit if above is not None else 0
 
     def _stored(self, serial: int, nodes: SequenceOf[UnitNode], size: int, kept: bool) -> None:
         job = self._storing[serial][0] if serial in self._storing else None
@@ -251,7 +248,13 @@ class Tiering:
         loading = Loading(sequence, cache, min(len(match.path), plan.units), job, found)
         self.loads_in_flight += 1
         assert self._mover is not None, "tiers without a mover"
-        self._mover.load(job, lambda result: self._post(lambda: self._loaded(loading, result, ready)))
+        began = self._clock()
+
+        def done(result: LoadResult) -> None:
+            seconds = self._clock() - began
+            self._post(lambda: self._loaded(loading, result, seconds, ready))
+
+        self._mover.load(job, done)
         return loading
 
     def _note_other_weights(self, sequence: Sequence, namespace: Namespace) -> None:
@@ -288,8 +291,9 @@ class Tiering:
         state = {g: [table[n] for n in sorted(table.numbers())] for g, table in cache.sliding.items()}
         return LoadJob(tuple(parts), (plan.checkpoint, digests[plan.units - 1], state))
 
-    def _loaded(self, loading: Loading, result: LoadResult, ready: Callable[[Loading], None]) -> None:
+    def _loaded(self, loading: Loading, result: LoadResult, seconds: float, ready: Callable[[Loading], None]) -> None:
         self.loads_in_flight -= 1
+        self.counters["load_seconds"] += seconds
         job = loading.job
         assert job is not None, "loaded nothing"
         arrived = job.parts[: result.parts]
