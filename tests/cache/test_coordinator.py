@@ -136,6 +136,36 @@ def test_window_churn_never_evicts_compressed_rows() -> None:
     assert coordinator.index.nodes == 20
 
 
+def test_what_is_used_often_outlives_a_flood_of_what_is_used_once() -> None:
+    coordinator = coordinator_of(MODEL, 24, 10, interval=0)
+    hot = tokens_of(0, 5 * UNIT + 1)
+    for _ in range(12):
+        run(coordinator, hot)
+    for seed in range(1, 9):
+        run(coordinator, tokens_of(seed, 4 * UNIT + 1))
+        assert coordinator.probe(hot, SPACE).resume == 5
+    assert coordinator.evicted_units > 0
+
+
+def test_what_was_used_often_is_overtaken_in_time() -> None:
+    coordinator = coordinator_of(MODEL, 12, 10, interval=0)
+    for _ in range(5):
+        run(coordinator, tokens_of(0, 5 * UNIT + 1))
+    for seed in range(1, 60):
+        run(coordinator, tokens_of(seed, 4 * UNIT + 1))
+    assert coordinator.probe(tokens_of(0, 5 * UNIT + 1), SPACE).resume < 5
+
+
+def test_a_checkpoint_that_saves_more_stays() -> None:
+    """Of checkpoints of equal use, one that saves a long way outlives those that save a unit."""
+    coordinator = coordinator_of(MODEL, 64, 2, interval=0, running=1)
+    run(coordinator, tokens_of(0, 9 * UNIT + 1))
+    for seed in range(1, 9):
+        run(coordinator, tokens_of(seed, UNIT + 1))
+    assert coordinator.evicted_checkpoints > 0
+    assert coordinator.probe(tokens_of(0, 9 * UNIT + 1), SPACE).resume == 9
+
+
 def test_a_request_that_cannot_fit_takes_nothing() -> None:
     coordinator = coordinator_of(MODEL, 4, 4)
     holder = coordinator.attach(tokens_of(0, 3 * UNIT), SPACE)

@@ -22,6 +22,7 @@ EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "chat_openai.py"
 
 def ask(client: OpenAI, text: str = "hello", **fields):
     fields = {"model": MODEL, "max_tokens": 6, "temperature": 0, **fields}
+    fields["extra_body"] = {"ignore_eos": True, **fields.get("extra_body", {})}  # this model likes to be brief
     return client.chat.completions.create(messages=[{"role": "user", "content": text}], **fields)
 
 

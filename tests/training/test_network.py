@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from thalweg.checkpoint.parameters import Parameter
 from thalweg.checkpoint.random_model import random_parameters
 from thalweg.checkpoint.reader import CheckpointLayout, open_checkpoint
 from thalweg.checkpoint.writer import WriteFormat, write_checkpoint
-from thalweg.config.model import ModelConfig
+from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.config.model_parse import default_model, parse_model_config, read_config_json
+from training.attention import Compressed, _banded
 from training.export import export
 from training.initial import initial_weights
 from training.network import Request, Weights, forward
@@ -111,3 +113,17 @@ def test_an_export_is_the_model(tmp_path: Path) -> None:
     for name, value in made.items():
         torch.testing.assert_close(read[name], value, atol=1e-6, rtol=2**-8)
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_crowd_is_entries_that_count_more_than_once(model: Made, weights: Weights) -> None:
+    config = model[0]
+    hca = config.layers_of(LayerKind.HCA)[0]
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, LENGTH, config.num_attention_heads, config.head_dim, generator=generator)
+    kv, entries = (torch.randn(2, n, config.head_dim, generator=generator) for n in (LENGTH, LENGTH // 128))
+    seen = torch.arange(entries.shape[1]) < ((torch.arange(LENGTH) + 1) // 128).unsqueeze(-1)
+    layer = Compressed(config, weights, hca, config.window, config.index_topk)
+    three = _banded(replace(layer, crowd=3.0), q, kv, entries, seen.expand(2, -1, -1))
+    copied = _banded(layer, q, kv, entries.repeat_interleave(3, 1), seen.repeat_interleave(3, 1).expand(2, -1, -1))
+    assert torch.allclose(three, copied, atol=1e-5)
+    assert not torch.allclose(three, _banded(layer, q, kv, entries, seen.expand(2, -1, -1)), atol=1e-3)

@@ -35,7 +35,9 @@ from thalweg.types import CacheReport, MissReason
 
 _log = logging.getLogger("thalweg.engine")
 HOST, DISK = "host", "disk"
-RECORD_UNITS = 32  # units of one record of rows: 4,096 tokens, 14 MiB for Flash in the served format
+RECORD_UNITS = 32  # units of one record of rows, at least: 4,096 tokens, 14 MiB for Flash in the served format
+MOST_RECORD_UNITS = 256  # where rows are small, more of them, up to RECORD_BYTES
+RECORD_BYTES = 8 * 2**20
 STORES_IN_FLIGHT_BYTES = 256 * 2**20
 _NO_ORIGIN = bytes(16)
 Answer = TypeVar("Answer")
@@ -80,6 +82,7 @@ class Tiering:
         host = tiers.get(HOST)
         self._host = host if isinstance(host, HostTier) else None
         self._mover = mover
+        self._record_units = RECORD_UNITS if mover is None else _record_units(coordinator, mover)
         self._post: Callable[[Callable[[], None]], None] = lambda action: action()
         self._backlog: deque[UnitNode] = deque()
         self._storing: dict[int, tuple[StoreJob, Held]] = {}  # blocks still held, oldest first
@@ -121,7 +124,7 @@ class Tiering:
         """After a step: see what a running request has finished."""
         if not self._tiers or cache.node is None:
             return
-        if cache.node.depth - max(cache.offered_units, cache.stored_units) >= RECORD_UNITS:
+        if cache.node.depth - max(cache.offered_units, cache.stored_units) >= self._record_units:
             cache.offered_units = cache.node.depth
             self._backlog.append(cache.node)
 
@@ -152,10 +155,10 @@ class Tiering:
             chain.append(above)
             above = above.parent
         chain.reverse()
-        first = chain[:RECORD_UNITS]
+        first = chain[: self._record_units]
         if first:
             self._begin_store(RecordKind.ROWS, first)
-        if len(chain) > RECORD_UNITS:
+        if len(chain) > self._record_units:
             self._backlog.appendleft(node)
         elif node.checkpoint is not None and not node.checkpoint_stored and self._worth_storing(node):
             self._begin_store(RecordKind.CHECKPOINT, [node])
@@ -382,6 +385,12 @@ class Tiering:
         if sequence.swapped is not None and self._host is not None:
             self._host.release(sequence.swapped.size_bytes)
         sequence.swapped = None
+
+
+def _record_units(coordinator: Coordinator, mover: Mover) -> int:
+    """Units of one record: many small rows go into one file, or opening files would take longer than reading them."""
+    unit_bytes = sum(mover.block_bytes(spec.group) for spec in coordinator.groups if spec.compressed)
+    return max(RECORD_UNITS, min(MOST_RECORD_UNITS, RECORD_BYTES // max(1, unit_bytes)))
 
 
 def _asked(question: Callable[[], Answer], otherwise: Answer) -> Answer:
