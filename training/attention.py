@@ -13,6 +13,7 @@ from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.model.rotary import compressed_frequencies, window_frequencies
 
 NEVER = float("-inf")
+_NO_MASS = 1e-3  # of the attention on entries: below it an entry is a wrong one
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Compressed:
     layer: int
     window: int
     top_k: int
-    crowd: float = 1.0  # how often each HCA entry counts
+    crowd: float = 1.0  # how often each HCA entry, and in the index loss each wrong CSA entry, counts
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[f"layers.{self.layer}.attn.{name}"]
@@ -70,18 +71,18 @@ def attend(layer: Compressed, x: Tensor, positions: Tensor, rows: Tensor | None)
     q = (low @ layer["wq_b.weight"].T).unflatten(-1, (config.num_attention_heads, config.head_dim))
     q = rotate(layer.norm(q, None), cos.unsqueeze(-2), sin.unsqueeze(-2))
     at = torch.arange(length).expand(batch, -1) if rows is None else rows
-    seen, losses, scores = None, [], None
+    seen, visible, losses, scores = None, None, [], None
     if entries is not None:
         seen = torch.arange(entries.shape[1]) < ((at + 1) // layer.ratio).unsqueeze(-1)
         if keys is not None:
             scores = _index_scores(layer, low, x, (cos, sin), keys)
-            seen = _select(scores, seen, layer.top_k)
+            visible, seen = seen, _select(scores, seen, layer.top_k)
     if rows is None and layer.kind is not LayerKind.CSA:
         out = _banded(layer, q, kv, entries, seen)
     else:
         out, mass = _some_rows(layer, q, kv, at, entries, seen)
-        if scores is not None and seen is not None and torch.is_grad_enabled():
-            losses.append(_index_loss(scores, seen, mass))
+        if scores is not None and visible is not None and torch.is_grad_enabled():
+            losses.append(_index_loss(scores, visible, mass, layer.crowd))
     out = rotate(out, cos.unsqueeze(-2), -sin.unsqueeze(-2)).flatten(-2)
     groups = out.unflatten(-1, (config.o_groups, -1)).movedim(-2, 0).flatten(1, 2)
     low_rank = torch.bmm(groups, layer["wo_a.weight"].view(config.o_groups, config.o_lora_rank, -1).transpose(1, 2))
@@ -134,13 +135,15 @@ def _select(scores: Tensor, seen: Tensor, top_k: int) -> Tensor:
     return seen & torch.zeros_like(seen).expand_as(scores).scatter(-1, best, True)
 
 
-def _index_loss(scores: Tensor, seen: Tensor, mass: Tensor) -> Tensor:
+def _index_loss(scores: Tensor, visible: Tensor, mass: Tensor, crowd: float) -> Tensor:
     """KL from the attention's mass on entries (mean over heads, of the whole softmax) to the softmax of the scores.
 
-    Each row weighs as much as its mass on entries: a row that reads its window teaches nothing.
+    All visible entries are in it, selected or not; those without mass count `crowd` times, as many as a long context
+    has of them. Each row weighs as much as its mass on entries: a row that reads its window teaches nothing.
     """
     total = mass.sum(-1, keepdim=True).clamp_min(1e-9)
-    logs = scores.masked_fill(~seen, -1e9).log_softmax(-1)
+    many = scores + math.log(crowd) * (mass < _NO_MASS * total)
+    logs = many.masked_fill(~visible, -1e9).log_softmax(-1)
     divergence = (mass * ((mass / total).clamp_min(1e-9).log() - logs)).sum()
     return divergence / mass.sum().clamp_min(1.0)
 

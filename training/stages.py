@@ -36,6 +36,6 @@ STAGES: Mapping[str, Stage] = {
         Stage("window", 300, Shape(20, 384, 8, 8, 16), None, 32, enough=0.994, matrix_rate=0.007),
         Stage("skips", 250, Shape(8, 1024, 16, 16, 64, 0.8), None, 32, matrix_rate=0.005, other_rate=0.002),
         Stage("long", 500, Shape(4, 2048, 48, 24, 256, 0.8), None, 64, 0.005, 0.002, text_weight=0.3, decay=True),
-        Stage("crowd", 160, Shape(4, 2048, 48, 24, 64, 0.8), None, 64, 0.004, 0.0015, decay=True, crowd=2048),
+        Stage("crowd", 280, Shape(4, 2048, 48, 24, 64, 0.8), None, 64, 0.004, 0.0015, decay=True, crowd=2048),
     )
 }

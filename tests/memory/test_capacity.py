@@ -69,5 +69,5 @@ def test_large_budgets_are_used_whole_and_length_does_not_matter() -> None:
     assert 0.99 * 64 * 2**30 < plan.total_bytes <= 64 * 2**30
     assert plan.sequences_of(1 << 20) == plan.token_capacity // (1 << 20)
     assert plan.sequences_of(128) == 32
-    without = plan_cache(groups, layout, budget_bytes=64 * 2**30, max_running=32, prefix_caching=False)
+    without = plan_cache(groups, layout, budget_bytes=64 * 2**30, max_running=32, spacing_units=0)
     assert without.token_capacity > plan.token_capacity

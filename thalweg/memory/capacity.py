@@ -103,16 +103,16 @@ def plan_cache(
     *,
     budget_bytes: int,
     max_running: int,
-    prefix_caching: bool = True,
+    spacing_units: int = CHECKPOINT_SPACING_UNITS,
 ) -> CachePlan:
     """Divide a byte budget over the pools. Raises ConfigError if not even one unit per request fits.
 
-    First the fixed state of `max_running` requests, then compressed units, with one checkpoint per
-    CHECKPOINT_SPACING_UNITS of them and at least two per running request.
+    First the fixed state of `max_running` requests, then compressed units, with one checkpoint per `spacing_units` of
+    them and at least two per running request; 0 is for policies that keep no checkpoints.
     """
     fixed = max_running * request_bytes(groups, layout)
     unit, checkpoint = unit_bytes(groups, layout), checkpoint_bytes(groups, layout)
-    least_checkpoints = 2 * max_running if prefix_caching else 0
+    least_checkpoints = 2 * max_running if spacing_units else 0
     left = budget_bytes - fixed - least_checkpoints * checkpoint
     if left < unit * max_running:
         need = fixed + least_checkpoints * checkpoint + unit * max_running
@@ -121,9 +121,9 @@ def plan_cache(
             f"compressor state and one unit of context each need {need:,} bytes",
             param="kv_cache_memory",
         )
-    share = checkpoint / CHECKPOINT_SPACING_UNITS if prefix_caching else 0.0
+    share = checkpoint / spacing_units if spacing_units else 0.0
     units = int((left + least_checkpoints * checkpoint) // (unit + share)) if unit else 0
-    checkpoints = max(least_checkpoints, int(units / CHECKPOINT_SPACING_UNITS)) if prefix_caching else 0
+    checkpoints = max(least_checkpoints, units // spacing_units) if spacing_units else 0
     if unit:
         units = (budget_bytes - fixed - checkpoints * checkpoint) // unit
     blocks = {
