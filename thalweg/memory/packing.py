@@ -20,6 +20,7 @@ from thalweg.memory.capacity import checkpoint_blocks
 
 Bytes = npt.NDArray[np.uint8]
 Blocks = Mapping[Group, Sequence[int]]
+_WIDE = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
 class BlockPacker:
@@ -73,15 +74,17 @@ class BlockPacker:
         out = torch.empty((len(ids), self.block_bytes(group)), dtype=torch.uint8, device=self._device)
         index = torch.tensor(ids, dtype=torch.int64, device=self._device)
         for begin, view in self._views(self._specs[group]):
-            out[:, begin : begin + view.shape[1]] = view[index]
+            out[:, begin : begin + view.shape[1]] = view.index_select(0, index)
         return out.cpu().numpy()
 
     def unpack(self, group: Group, data: Bytes, ids: Sequence[int]) -> None:
         """The inverse of `pack`."""
-        source = torch.from_numpy(np.ascontiguousarray(data)).to(self._device)
+        source = torch.from_numpy(data).to(self._device)
         index = torch.tensor(ids, dtype=torch.int64, device=self._device)
         for begin, view in self._views(self._specs[group]):
-            view[index] = source[:, begin : begin + view.shape[1]]
+            part = source[:, begin : begin + view.shape[1]]
+            wide = _widest(view, part)
+            view.view(wide).index_copy_(0, index, part.view(wide))
 
     def _views(self, spec: CacheGroupSpec) -> list[tuple[int, Tensor]]:
         """For each stream and layer of a group: where its bytes begin in a block, and the pool as [blocks, bytes]."""
@@ -92,6 +95,12 @@ class BlockPacker:
                 views.append((begin, view))
                 begin += view.shape[1]
         return views
+
+
+def _widest(*parts: Tensor) -> torch.dtype:
+    """The widest elements that bytes [n, m] can be copied as: torch scatters single bytes fifteen times slower."""
+    places = [place for part in parts for place in (part.shape[1], part.stride(0), part.storage_offset())]
+    return next((wide for size, wide in _WIDE if all(place % size == 0 for place in places)), torch.uint8)
 
 
 def _joined(parts: list[Bytes]) -> Bytes:
