@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from thalweg.cache.geometry import CacheGroupSpec, Group
 from thalweg.cache.policy import CheckpointPolicy, CheckpointReason, Resume
-from thalweg.cache.pool import BlockPool
+from thalweg.cache.pool import BlockPool, GroupUsage
 from thalweg.cache.prefix_index import Blocks, Match, Namespace, PrefixIndex, UnitNode
 from thalweg.cache.sequence import SequenceCache, Snapshot
 from thalweg.cache.tables import GrowingTable, SlidingTable
@@ -22,17 +21,6 @@ from thalweg.types import CacheReport, MissReason, TokenArray
 Held = tuple[tuple[Group, int], ...]
 _NO_MATCH = Match((), 0, 0, False)
 _FRESH_KEPT = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class GroupUsage:
-    """A snapshot of one pool, in blocks."""
-
-    group: str
-    total_blocks: int
-    free_blocks: int
-    cached_blocks: int
-    idle_blocks: int
 
 
 class Coordinator:
@@ -110,6 +98,10 @@ class Coordinator:
     def fits(self, match: Match, tokens: int) -> bool:
         """Whether a request of so many tokens could be admitted now, on the prefix that was found."""
         return self._room_for(match.path, tokens)
+
+    def fits_free(self, tokens: int) -> bool:
+        """Whether so many tokens fit without evicting anything."""
+        return all(-(-tokens // s.tokens_per_block) <= self.pools[s.group].free_blocks for s in self._compressed)
 
     def _start(
         self,

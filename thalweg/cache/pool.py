@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class GroupUsage:
+    """A snapshot of one pool, in blocks."""
+
+    group: str
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    idle_blocks: int
 
 
 class BlockPool:

@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-from thalweg.cache.coordinator import GroupUsage
+from thalweg.cache.pool import GroupUsage
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.request import Listener, Running, Sequence
 from thalweg.engine.runner import Runner
@@ -241,8 +241,9 @@ class Engine:
     def _step(self) -> None:
         scheduler = self._scheduler
         if not (scheduler.running or scheduler.waiting or scheduler.loading) and self._shadow.waiting:
-            self._shadow_run = self._shadow.start(self._clock())
-            scheduler.add(self._shadow_run)
+            self._shadow_run = self._shadow.start(self._clock(), scheduler.coordinator.fits_free)
+            if self._shadow_run is not None:
+                scheduler.add(self._shadow_run)
         plan = scheduler.plan()
         if not plan.sequences:
             if scheduler.tiering.busy:
@@ -349,6 +350,8 @@ class Engine:
             "evicted_units": coordinator.evicted_units,
             "evicted_checkpoints": coordinator.evicted_checkpoints,
             "cached_units": coordinator.index.nodes,
+            **{f"evicted_for_{group.value}": count for group, count in coordinator.evicted.items()},
+            **{f"checkpoints_{reason.name.lower()}": n for reason, n in coordinator.checkpoints_made.items()},
         }
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
         return EngineStatus(running, waiting, coordinator.usage(), counters, not self._closing, self._failure)

@@ -130,6 +130,7 @@ class Scheduler:
     def _preempt(self, victim: Running) -> None:
         self.preemptions += 1
         victim.sequence.preemptions += 1
+        victim.sequence.load = None  # lower tiers may have what the index loses
         self.tiering.take_out(victim)
         self.finish(victim, keep_state=True)
         self.waiting.appendleft(victim.sequence)

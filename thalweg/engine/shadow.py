@@ -55,9 +55,14 @@ class Shadow:
         output = tuple(sequence.tokens[sequence.prompt_tokens :].tolist())
         self._queue.append(_Run(sequence.request, sequence.seed, output))
 
-    def start(self, now: float) -> Sequence:
-        """The next run as a sequence of its own."""
-        run = self._current = self._queue.popleft()
+    def start(self, now: float, fits: Callable[[int], bool]) -> Sequence | None:
+        """The next run as a sequence of its own. None, and one run less, if its tokens do not fit: no cached prefix is
+        evicted for the sake of a check."""
+        run = self._queue.popleft()
+        if not fits(len(run.request.prompt) + len(run.expected)):
+            self.counters["shadow_skipped"] += 1
+            return None
+        self._current = run
         run.attempts += 1
         request = replace(run.request, request_id=f"shadow of {run.request.request_id}")
         return Sequence(request, self._told, len(run.expected), now, seed=run.seed, cold=True)

@@ -39,6 +39,7 @@ RECORD_UNITS = 32  # units of one record of rows, at least: 4,096 tokens, 14 MiB
 MOST_RECORD_UNITS = 256  # where rows are small, more of them, up to RECORD_BYTES
 RECORD_BYTES = 8 * 2**20
 STORES_IN_FLIGHT_BYTES = 256 * 2**20
+_MOST_BACKLOG = 4096  # units that wait for their copy
 _NO_ORIGIN = bytes(16)
 Answer = TypeVar("Answer")
 
@@ -140,6 +141,9 @@ class Tiering:
             node = fresh.popleft()
             if self._tiers and node.reason is not CheckpointReason.LOADED:
                 self._backlog.append(node)
+        while len(self._backlog) > _MOST_BACKLOG:
+            self._backlog.popleft()
+            self.counters["missed_stores"] += 1
         while self._backlog and self._in_flight_bytes < STORES_IN_FLIGHT_BYTES:
             node = self._backlog.popleft()
             if node.alive:

@@ -21,30 +21,40 @@ _LOADERS = 2  # one reads a file while the other checks and unpacks the one befo
 
 
 class Transfers:
-    """One thread writes, two read, so that a prompt that waits for its rows never waits for somebody's writes."""
+    """One thread copies out of the pools, one writes, two read: neither a prompt that waits for its rows nor a request
+    that waits for blocks ever waits for somebody's writes."""
 
     def __init__(self, packer: BlockPacker, tiers: Mapping[str, Tier]) -> None:
         self._packer = packer
         self._tiers = tiers
         self._dropped: dict[str, set[bytes]] = {name: set() for name in tiers}  # the storing thread's
+        self._gathering = ThreadPoolExecutor(1, "thalweg-gather", initializer=_one_thread)
         self._storing = ThreadPoolExecutor(1, "thalweg-store", initializer=_one_thread)
         self._loading = ThreadPoolExecutor(_LOADERS, "thalweg-load", initializer=_one_thread)
 
     def store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
-        self._storing.submit(self._store, job, done)
+        self._gathering.submit(self._gather, job, done)
 
-    def _store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
-        kept = False
+    def _gather(self, job: StoreJob, done: Callable[[bool], None]) -> None:
         try:
             rows = job.head.kind is RecordKind.ROWS
             data = self._packer.pack_units(job.blocks) if rows else self._packer.pack_checkpoint(job.blocks)
+        except Exception:
+            _log.exception("a record could not be copied out of the pools")
             job.gathered.set()
-            written = [self._write(name, Record(job.head, data)) for name in job.tiers]
+            done(False)
+            return
+        job.gathered.set()
+        self._storing.submit(self._store, job.tiers, Record(job.head, data), done)
+
+    def _store(self, tiers: Sequence[str], record: Record, done: Callable[[bool], None]) -> None:
+        kept = False
+        try:
+            written = [self._write(name, record) for name in tiers]
             kept = any(written)
         except Exception:
             _log.exception("a record could not be stored")
         finally:
-            job.gathered.set()
             done(kept)
 
     def _write(self, name: str, record: Record) -> bool:
@@ -94,6 +104,7 @@ class Transfers:
         return self._packer.block_bytes(group)
 
     def close(self) -> None:
+        self._gathering.shutdown()
         self._storing.shutdown()
         self._loading.shutdown()
 
