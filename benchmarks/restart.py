@@ -59,8 +59,12 @@ def run(document: str, flags: tuple[str, ...]) -> dict[str, Any]:
         with running_server("default", *disk) as (client, _):
             cold = answered(client, document)
             settled(client)
+            table = (
+                sum(metric(client, f'thalweg_cache_block_bytes{{group="{g}"}}') for g in ("csa", "index", "hca")) / 128
+            )
             stored = metric(client, 'thalweg_cache_tier_write_bytes_total{tier="disk"}')
         plain = plain_read_rate(Path(folder))
+        kept = sum(path.stat().st_size for path in Path(folder).rglob("*.kv"))
         with running_server("default", *disk) as (client, _):
             warm = answered(client, document)
             read = metric(client, 'thalweg_cache_tier_read_bytes_total{tier="disk"}')
@@ -74,6 +78,8 @@ def run(document: str, flags: tuple[str, ...]) -> dict[str, Any]:
         "disk_tokens": from_disk,
         "same_answer": cold.text == warm.text,
         "stored_bytes": stored,
+        "disk_bytes_per_token": kept / from_disk,
+        "byte_table_per_token": table,
         "loaded_bytes": read,
         "load_seconds": seconds,
         "load_bytes_per_second": read / seconds,

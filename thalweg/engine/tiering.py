@@ -139,7 +139,7 @@ class Tiering:
         fresh = self.coordinator.fresh_checkpoints
         while fresh:
             node = fresh.popleft()
-            if self._tiers and node.reason is not CheckpointReason.LOADED:
+            if self._tiers and self._worth_storing(node):
                 self._backlog.append(node)
         while len(self._backlog) > _MOST_BACKLOG:
             self._backlog.popleft()
@@ -170,8 +170,10 @@ class Tiering:
     def _worth_storing(self, node: UnitNode) -> bool:
         """Interval checkpoints of the boundary policy stay on the device: below, exact replay does their work, and they
         would be most of the bytes."""
-        policy = self.coordinator.policy
-        return node.reason is not CheckpointReason.INTERVAL or policy.kind is not WindowPolicy.BOUNDARY
+        boundary = self.coordinator.policy.kind is WindowPolicy.BOUNDARY
+        return node.reason is not CheckpointReason.LOADED and not (
+            boundary and node.reason is CheckpointReason.INTERVAL
+        )
 
     def _begin_store(self, kind: RecordKind, nodes: SequenceOf[UnitNode]) -> None:
         assert self._mover is not None, "tiers without a mover"
