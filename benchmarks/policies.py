@@ -34,7 +34,7 @@ import torch
 from benchmarks.policy_prompts import QUICK, SEED, WORKLOADS, Asked, Reply, Sizes, Texts, rotation
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, Group, cache_groups
-from thalweg.cache.policy import CheckpointPolicy, WindowPolicy, exact_replay_tokens
+from thalweg.cache.policy import exact_replay_tokens
 from thalweg.cache.prefix_index import Namespace, PrefixIndex
 from thalweg.checkpoint.loader import load_parameters
 from thalweg.checkpoint.reader import open_checkpoint
@@ -121,16 +121,6 @@ def released_shape(name: str) -> ModelShape:
     """`flash` or `pro` with FP8 rows and FP4 index keys, without a model."""
     config = parse_model_config(json.loads((CONFIGS / f"{name}.json").read_text()))
     return ModelShape(name, config, CacheLayout(RowFormat.FP8, RowFormat.FP4, config.rope_dim))
-
-
-def spacing_of(policy: CheckpointPolicy) -> int:
-    """Units of compressed rows per checkpoint that a policy's pools are made for; 0: it keeps none."""
-    if not policy.keeps:
-        return 0
-    if policy.kind is WindowPolicy.FULL:
-        return 1
-    step = max(1, policy.interval // policy.unit_tokens)
-    return step if policy.kind is WindowPolicy.INTERVAL else CHECKPOINT_SPACING_UNITS
 
 
 def divide(shape: ModelShape, budget_bytes: int, spacing_units: int, longest_tokens: int) -> CachePlan:
@@ -281,7 +271,7 @@ def measure(case: Case, policy: str, host: bool = False) -> dict[str, Any]:
     if policy == OFF:
         return _figures(case, policy, case.cold) | {"tiers": "device"}
     rule = window_policy(EngineOptions(window_policy=policy), shape.config)
-    plan = divide(shape, budget, spacing_of(rule), case.longest_tokens)
+    plan = divide(shape, budget, rule.spacing_units, case.longest_tokens)
     host_bytes = 2 * case.distinct_units * unit_bytes(shape.groups, shape.layout) if host else 0
     bench = Bench(shape, policy, plan, host_bytes)
     heard = [bench.ask(asked, case.answer_tokens) for asked in case.asked]

@@ -95,8 +95,8 @@ class SampledToken:
 class CacheReport:
     """Where the tokens of a prompt came from, and why no more of them were cached.
 
-    cached_tokens + replayed_tokens + tokens computed for the first time = prompt_tokens. Replayed tokens are computed
-    again, to rebuild the window state at the end of the cached rows.
+    cached_tokens + replayed_tokens + computed tokens = prompt_tokens. Replayed tokens are computed only to rebuild the
+    window state at the end of the cached rows.
     """
 
     device_tokens: int = 0

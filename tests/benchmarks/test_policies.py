@@ -72,7 +72,7 @@ def test_counts_repeat(workload: Callable) -> None:
 def test_every_policy_divides_the_same_bytes(name: str, policy: str) -> None:
     shape = policies.released_shape(name)
     rule = window_policy(EngineOptions(window_policy=policy), shape.config)
-    spacing = policies.spacing_of(rule)
+    spacing = rule.spacing_units
     budget = policies.budget_for(shape, 1000)
     plan = policies.divide(shape, budget, spacing, 20_000)
     assert budget - checkpoint_bytes(shape.groups, shape.layout) < plan.total_bytes <= budget

@@ -154,11 +154,11 @@ class Coordinator:
             return MissReason.DISABLED, None
         if limit == 0:
             return MissReason.TOO_SHORT, None
-        if match.resume == limit:
+        if match.resume == limit or (len(match.path) == limit and not self.policy.keeps):
             return MissReason.NONE, None
         if match.next_was_evicted:
             return MissReason.EVICTED, None
-        if len(match.path) > match.resume:
+        if len(match.path) > match.resume and self.policy.keeps:
             return MissReason.NO_CHECKPOINT, match.common_tokens
         if match.path:
             return (MissReason.DIVERGED, match.common_tokens) if match.path[-1].children else (MissReason.NONE, None)

@@ -35,7 +35,7 @@ from thalweg.errors import ConfigError
 from thalweg.kernels.deterministic.linear import varying_shapes
 from thalweg.kernels.registry import KernelSet, select_kernels
 from thalweg.memory.arena import CacheArena
-from thalweg.memory.capacity import CHECKPOINT_SPACING_UNITS, CachePlan, plan_cache
+from thalweg.memory.capacity import CachePlan, plan_cache
 from thalweg.memory.disk import DiskTier
 from thalweg.memory.host import HostTier
 from thalweg.memory.layout import CacheLayout, RowFormat
@@ -269,22 +269,11 @@ def _cache_plan(
         layout,
         budget_bytes=budget,
         max_running=options.max_num_seqs,
-        spacing_units=_checkpoint_spacing(options, config),
+        spacing_units=window_policy(options, config).spacing_units if options.enable_prefix_caching else 0,
     )
     choices += _formats(numerics, groups, layout)
     choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
     return groups, plan
-
-
-def _checkpoint_spacing(options: EngineOptions, config: ModelConfig) -> int:
-    """Units of context for each checkpoint that the pools have room for: what the policy will want to keep."""
-    policy = window_policy(options, config)
-    if not options.enable_prefix_caching or not policy.keeps:
-        return 0
-    if policy.kind is WindowPolicy.FULL:
-        return 1
-    boundary = policy.kind is WindowPolicy.BOUNDARY
-    return CHECKPOINT_SPACING_UNITS if boundary else max(1, policy.interval // policy.unit_tokens)
 
 
 def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan, choices: list[Choice]) -> int:

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from thalweg.cache.geometry import CacheGroupSpec, Group
+from thalweg.cache.policy import CHECKPOINT_SPACING_UNITS
 from thalweg.config.model import UNIT_TOKENS
 from thalweg.errors import ConfigError
 from thalweg.memory.layout import CacheLayout
-
-# One checkpoint for every 16 units (2,048 tokens) of compressed capacity: agents' turns are about that long, and on
-# Flash's shapes the checkpoints then take a third of the bytes of the cache, far from the 87% that one per unit takes.
-CHECKPOINT_SPACING_UNITS = 16
 
 
 @dataclass(frozen=True, slots=True)
