@@ -41,8 +41,7 @@ def cold_answers(fields: dict, prompts: list[list[int]]) -> list[Outcome]:
     return answers
 
 
-@pytest.mark.parametrize("policy", [WindowPolicy.EXACT_REPLAY, WindowPolicy.BOUNDARY])
-@pytest.mark.parametrize("step_tokens", [100, 1024])
+@pytest.mark.parametrize(("policy", "step_tokens"), [(WindowPolicy.EXACT_REPLAY, 100), (WindowPolicy.BOUNDARY, 1024)])
 def test_a_replay_rebuilds_exactly_what_a_cold_run_has(fields: dict, policy: WindowPolicy, step_tokens: int) -> None:
     """Prompts that branch off where no checkpoint is: rows are reused, window x layers tokens are computed again."""
     replay = exact_replay_tokens(parse_model_config(fields))

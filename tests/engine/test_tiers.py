@@ -259,7 +259,8 @@ def test_requests_that_give_way_come_back_without_computing_again(fields: dict) 
     assert usage.bytes == usage.rows_bytes + usage.checkpoint_bytes
 
 
-def test_without_room_in_host_memory_they_compute_again(fields: dict) -> None:
+def test_without_room_in_host_memory_they_compute_again() -> None:
+    fields = GEOMETRIES["narrow"]
     prompts = [prompt_of(i, 200) for i in range(3)]
     expected = cold_answers(fields, prompts, max_tokens=70)
     engine = make(fields, Shape(max_running=3), units=6, tiers={"host": HostTier(1000)})
