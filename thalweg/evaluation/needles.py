@@ -109,11 +109,13 @@ class Examiner:
         self._overhead = len(empty) - 1
 
     def per_document(self, spec: Spec) -> int:
-        """Questions that share a document: their facts fill at most a quarter of it and half of its edges."""
+        """Questions that share a document: their facts fill at most a quarter of it and half of its edges, and all
+        remainders modulo 4 are asked for equally often."""
         tokens = len(self._tokenizer.encode_text(needle_line("data data", "data data")))
         lines = {Task.MULTI_VALUE: _VALUES, Task.CHAIN: 1 + _HOPS}.get(spec.task, 1)
         room = max(4 * tokens * lines, 2 * _UNIT if spec.placing is Placing.EDGES else 0)
-        return min(_MOST_PER_DOCUMENT, max(1, spec.context // room))
+        most = min(_MOST_PER_DOCUMENT, max(1, spec.context // room))
+        return most - most % ENTRY if most > ENTRY else most
 
     def exam(self, spec: Spec, seed: tuple[int, ...], count: int) -> Exam:
         """`count` questions on one document. Raises ConfigError where they do not fit into the context."""
