@@ -57,6 +57,11 @@ class Shape:
     index: RowFormat = RowFormat.FLOAT32
 
 
+def prompt_of(seed: int, length: int) -> list[int]:
+    """Random token ids of the small models, none of them a control token."""
+    return np.random.default_rng(seed).integers(2, 97, length).tolist()
+
+
 class Models:
     """Random models by config, made once."""
 

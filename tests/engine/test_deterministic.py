@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 
-from tests.engine.assembly import Models, RecordingSampler, Shape, answer, engine_of, submit
+from tests.engine.assembly import Models, RecordingSampler, Shape, answer, engine_of, prompt_of, submit
 from tests.model.fields import GEOMETRIES
 from thalweg.engine.engine import Engine
 
@@ -19,15 +18,6 @@ LENGTHS = (1, 4, 5, 127, 128, 129, 251, 256, 257, 511, 516)
 BUDGETS = (16, 129, 1024)
 
 Rows = dict[int, torch.Tensor]
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 97, length).tolist()
-
-
-@pytest.fixture(params=sorted(GEOMETRIES))
-def fields(request: pytest.FixtureRequest) -> dict:
-    return GEOMETRIES[request.param]
 
 
 @pytest.fixture

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from tests.engine.assembly import Models, Outcome, Shape, answer, engine_of, submit
-from tests.model.fields import GEOMETRIES
+from tests.engine.assembly import Models, Outcome, Shape, answer, engine_of, prompt_of, submit
 from thalweg.engine.engine import Engine
 
 MODELS = Models()
 LENGTHS = (1, 5, 123, 127, 128, 129, 133, 251, 256, 257, 300, 508, 512, 516)
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 97, length).tolist()
-
-
-@pytest.fixture(params=sorted(GEOMETRIES))
-def fields(request: pytest.FixtureRequest) -> dict:
-    return GEOMETRIES[request.param]
 
 
 def make(fields: dict, shape: Shape) -> Engine:

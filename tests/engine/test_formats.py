@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.assembly import Models, Shape, answer, engine_of
+from tests.engine.assembly import Models, Shape, answer, engine_of, prompt_of
 from tests.model.fields import GEOMETRIES
 from tests.model.geometries import config_of, engine_weights
 from tests.model.paging import PagedSequences
@@ -29,15 +29,6 @@ FLOAT32, BFLOAT16, FP8, FP4 = RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.F
 FORMATS = [(FP8, FP4), (FP8, FP8), (BFLOAT16, BFLOAT16), (FLOAT32, FP4)]
 MODELS = Models()
 TOKENS = 270
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 97, length).tolist()
-
-
-@pytest.fixture(params=sorted(GEOMETRIES))
-def fields(request: pytest.FixtureRequest) -> dict:
-    return GEOMETRIES[request.param]
 
 
 def make(fields: dict, shape: Shape) -> Engine:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.assembly import Models, Outcome, Shape, answer, engine_of
-from tests.model.fields import GEOMETRIES
+from tests.engine.assembly import Models, Outcome, Shape, answer, engine_of, prompt_of
 from thalweg.cache.policy import WindowPolicy, exact_replay_tokens
 from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.engine import Engine
@@ -14,15 +13,6 @@ from thalweg.types import MissReason, TokenEvent
 
 MODELS = Models()
 UNIT = 128
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 97, length).tolist()
-
-
-@pytest.fixture(params=sorted(GEOMETRIES))
-def fields(request: pytest.FixtureRequest) -> dict:
-    return GEOMETRIES[request.param]
 
 
 def make(fields: dict, shape: Shape) -> Engine:

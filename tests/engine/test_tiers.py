@@ -8,11 +8,10 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.engine.assembly import Models, Outcome, RecordingSampler, Shape, answer, engine_of, submit
+from tests.engine.assembly import Models, Outcome, RecordingSampler, Shape, answer, engine_of, prompt_of, submit
 from tests.model.fields import GEOMETRIES
 from thalweg.cache.policy import WindowPolicy, exact_replay_tokens
 from thalweg.config.model_parse import parse_model_config
@@ -29,15 +28,6 @@ from thalweg.types import CacheReport, MissReason
 MODELS = Models()
 UNIT = 128
 SPACE = 64 << 20
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, 97, length).tolist()
-
-
-@pytest.fixture(params=sorted(GEOMETRIES))
-def fields(request: pytest.FixtureRequest) -> dict:
-    return GEOMETRIES[request.param]
 
 
 def make(fields: dict, shape: Shape, units: int = 0, **rest: Any) -> Engine:

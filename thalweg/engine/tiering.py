@@ -188,7 +188,7 @@ class Tiering:
         self._in_flight_bytes += size
         for node in nodes:
             node.stored, node.checkpoint_stored = node.stored or rows, node.checkpoint_stored or not rows
-        self._mover.store(job, lambda kept: self._post(lambda: self._stored(serial, nodes, size, kept)))
+        self._mover.store(job, lambda kept: self._post(lambda: self._stored(serial, kind, nodes, size, kept)))
 
     def _head(self, kind: RecordKind, nodes: SequenceOf[UnitNode]) -> RecordHead:
         first, policy = nodes[0], self.coordinator.policy
@@ -206,13 +206,12 @@ class Tiering:
             unit_tokens=policy.unit_tokens,
         )
 
-    def _stored(self, serial: int, nodes: SequenceOf[UnitNode], size: int, kept: bool) -> None:
-        job = self._storing[serial][0] if serial in self._storing else None
+    def _stored(self, serial: int, kind: RecordKind, nodes: SequenceOf[UnitNode], size: int, kept: bool) -> None:
         self._release(serial)
         self._in_flight_bytes -= size
         self.counters["stores" if kept else "failed_stores"] += 1
         if not kept:
-            rows = job is None or job.head.kind is RecordKind.ROWS
+            rows = kind is RecordKind.ROWS
             for node in nodes:
                 node.stored, node.checkpoint_stored = node.stored and not rows, node.checkpoint_stored and rows
 
