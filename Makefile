@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 .PHONY: setup demo test lint train-tiny clean
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+NATIVE := setup.py $(wildcard thalweg/kernels/cpu/native/*)
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "thalweg needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
@@ -29,4 +30,4 @@ train-tiny: setup
 	$(BIN)/python -m training.train --work build/train --model thalweg/data/default --out thalweg/data/default
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info thalweg/kernels/cpu/*.so

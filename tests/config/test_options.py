@@ -84,7 +84,7 @@ def test_variables_are_checked_as_flags_are() -> None:
 def test_every_option_can_be_set_in_every_place(tmp_path: Path) -> None:
     given: dict[str, object] = {
         "model": "m", "served_model_name": "n", "device": "cpu", "dtype": "float32", "kv_cache_dtype": "bfloat16",
-        "index_cache_dtype": "fp4", "quantization_simulation": True, "deterministic": True,
+        "index_cache_dtype": "fp4", "quantization_simulation": True, "deterministic": True, "kernels": "plain",
         "max_model_len": 99, "max_num_seqs": 3, "max_num_batched_tokens": 77,
         "kv_cache_memory": 2**30, "enable_prefix_caching": False, "checkpoint_interval": 0, "chat_encoding": "later",
         "max_waiting": 5, "threads": 1, "window_policy": "interval:4096", "kv_host_memory": 2**20, "kv_disk_dir": "d",

@@ -81,7 +81,7 @@ class Models:
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
         numerics = Numerics.serving(torch.float32, shape.kv, shape.index, simulate=shape.simulate_quantization)
         kernels = select_kernels(device, deterministic=shape.deterministic).kernels
-        model = Model(config, self._weights[key], numerics, kernels)
+        model = Model(config, dict(self._weights[key]), numerics, kernels)
         builder = BatchBuilder(config, groups, device)
         return ModelRunner(model, CacheArena(plan, device), builder, sampler or Sampler((EOS,))), plan
 

@@ -1,17 +1,39 @@
-"""Every backend whose ops are checked against the independent twins in these tests: one line per backend."""
+"""Every backend whose ops are checked against the independent twins in these tests: one line per backend, and one per
+instruction set of the compiled kernels that this machine can run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
 from thalweg.kernels.ops import Kernels
-from thalweg.kernels.registry import deterministic_kernels, reference_kernels
+from thalweg.kernels.registry import cpu_kernels, deterministic_kernels, reference_kernels
 
-BACKENDS = {"reference": reference_kernels, "deterministic": deterministic_kernels}
+
+def _compiled() -> dict[str, Callable[[], Kernels]]:
+    found: dict[str, Callable[[], Kernels]] = {}
+    for level in built_levels():
+        try:
+            library = load_library(level)
+        except LibraryMissing:
+            continue
+        found[f"cpu-{level.value}"] = lambda library=library: cpu_kernels(library)
+    return found
+
+
+COMPILED = _compiled()
+BACKENDS = {"reference": reference_kernels, "deterministic": deterministic_kernels} | COMPILED
+EXACT = {"deterministic": deterministic_kernels} | COMPILED  # a row's bits depend on that row alone
 
 
 def every_backend() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kernels", [make() for make in BACKENDS.values()], ids=list(BACKENDS))
 
 
-__all__ = ["Kernels", "every_backend"]
+def every_exact_backend() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kernels", [make() for make in EXACT.values()], ids=list(EXACT))
+
+
+__all__ = ["Kernels", "every_backend", "every_exact_backend"]

@@ -98,7 +98,7 @@ def test_hyper_connections(kernels: Kernels, n: int, iterations: int) -> None:
     hidden = 12
     streams, y = random(6, n, hidden), random(6, hidden, seed=1)
     fn, base, scale = random((2 + n) * n, n * hidden, seed=2) / 7, random((2 + n) * n, seed=3), random(3, seed=4)
-    x, post, comb = kernels.mix_in(streams, fn, base, scale, 1e-6, 1e-6, iterations)
+    x, post, comb = kernels.mix_in(streams, kernels.pack(fn), base, scale, 1e-6, 1e-6, iterations)
     for ours, twin in zip((x, post, comb), mix_twin(streams, fn, base, scale, iterations), strict=True):
         close("mix_in", ours, twin)
     out = kernels.mix_out(y, streams, post, comb)
@@ -112,7 +112,7 @@ def test_hyper_connections(kernels: Kernels, n: int, iterations: int) -> None:
     z = v @ head_fn.double().T / torch.sqrt((v**2).mean(-1, keepdim=True) + 1e-6)
     pre = torch.sigmoid(z * head_scale + head_base) + 1e-6
     twin = (pre[:, :, None] * streams.double()).sum(1)
-    close("mix_head", kernels.mix_head(streams, head_fn, head_base, head_scale, 1e-6, 1e-6), twin)
+    close("mix_head", kernels.mix_head(streams, kernels.pack(head_fn), head_base, head_scale, 1e-6, 1e-6), twin)
 
 
 def nearest_e4m3(value: float) -> float:

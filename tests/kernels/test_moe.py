@@ -48,7 +48,7 @@ def test_experts(kernels: Kernels) -> None:
     x, up, down = random(7, hidden), random(5, 2 * inner, hidden, seed=1), random(5, hidden, inner, seed=2)
     ids = torch.tensor([[0, 1], [1, 0], [3, 4], [4, 0], [0, 3], [1, 4], [3, 1]])  # nobody asks expert 2
     weights = random(7, 2, seed=3).abs()
-    ours = kernels.experts(x, ids, weights, up, down, limit)
+    ours = kernels.experts(x, ids, weights, kernels.pack(up), kernels.pack(down), limit)
     clamped = 0
     for t in range(7):
         expected = torch.zeros(hidden, dtype=torch.float64)
@@ -62,15 +62,16 @@ def test_experts(kernels: Kernels) -> None:
 
 
 def test_every_op_has_a_specification_and_a_choice() -> None:
-    names = [field.name for field in fields(ops.Kernels)]
+    packed, *names = [field.name for field in fields(ops.Kernels)]  # packing is no part of a forward pass
     assert [spec.name for spec in OPS] == sorted(names, key=[spec.name for spec in OPS].index)
-    choices = select_kernels(torch.device("cpu")).choices
+    names = [packed, *names]
+    choices = select_kernels(torch.device("cpu"), wanted="reference").choices
     assert [choice.op for choice in choices] == names
-    assert all(choice.backend == "reference" and choice.reason for choice in choices)
-    fixed = select_kernels(torch.device("cpu"), deterministic=True).choices
+    assert all(choice.backend == "reference" and choice.reason == "as set" for choice in choices)
+    fixed = select_kernels(torch.device("cpu"), deterministic=True, wanted="reference").choices
     assert [choice.op for choice in fixed] == names
     same = {choice.op for choice in fixed if choice.backend == "reference"}
-    own_rows = {"rms_norm", "rotate", "round_kv", "round_index", "round_index_fp8", "store_rows", "read_rows"}
+    own_rows = {"pack", "rms_norm", "rotate", "round_kv", "round_index", "round_index_fp8", "store_rows", "read_rows"}
     assert same == own_rows and len({choice.reason for choice in fixed}) == 2
     with pytest.raises(ConfigError, match=r"deterministic: .* cuda"):
         select_kernels(torch.device("cuda"), deterministic=True)

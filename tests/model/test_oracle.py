@@ -35,7 +35,7 @@ class Case:
     fields: dict
 
     def model(self, numerics: Numerics | None = None) -> Model:
-        return Model(self.config, self.weights, numerics or Numerics(), reference_kernels())
+        return Model(self.config, dict(self.weights), numerics or Numerics(), reference_kernels())
 
 
 @pytest.fixture(scope="module", params=sorted(GEOMETRIES))

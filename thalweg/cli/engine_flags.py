@@ -27,6 +27,9 @@ IndexDtype = Annotated[str | None, _option("--index-cache-dtype", help="auto, fl
 Simulation = Annotated[
     bool | None, _option("--quantization-simulation", help="Round as FP8 KV and an FP4 index would.")
 ]
+KernelBackend = Annotated[
+    str | None, _option("--kernels", help="auto, reference, plain, avx2 or avx512: what computes on a CPU.")
+]
 Deterministic = Annotated[
     bool | None, _option("--deterministic", help="The same bits in any batch and from any cache; slower.")
 ]

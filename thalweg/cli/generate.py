@@ -33,6 +33,7 @@ def generate(
     kv_cache_dtype: flags.KvDtype = None,
     index_cache_dtype: flags.IndexDtype = None,
     quantization_simulation: flags.Simulation = None,
+    kernels: flags.KernelBackend = None,
     deterministic: flags.Deterministic = None,
     max_model_len: flags.MaxLen = None,
     max_num_batched_tokens: flags.StepTokens = None,

@@ -38,6 +38,7 @@ def serve(
     kv_cache_dtype: flags.KvDtype = None,
     index_cache_dtype: flags.IndexDtype = None,
     quantization_simulation: flags.Simulation = None,
+    kernels: flags.KernelBackend = None,
     deterministic: flags.Deterministic = None,
     max_model_len: flags.MaxLen = None,
     max_num_seqs: flags.MaxSeqs = None,

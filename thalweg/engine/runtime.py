@@ -105,10 +105,12 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     groups, plan = _cache_plan(options, config, numerics, choices)
     max_model_len = _max_model_len(options, config, plan, choices)
     weights = allocate(config, numerics.compute, device)
-    kernel_set = select_kernels(device, deterministic=options.deterministic)
+    kernel_set = select_kernels(
+        device, deterministic=options.deterministic, compute=numerics.compute, wanted=options.kernels
+    )
     _load(checkpoint, weights, progress)
     if options.deterministic:
-        choices.append(_checked_products(weights))
+        choices.append(_checked_products(weights, kernel_set))
     model = Model(config, weights, numerics, kernel_set.kernels)
     policy = window_policy(options, config)
     coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
@@ -172,8 +174,10 @@ def _load(checkpoint: Checkpoint, weights: dict[str, Tensor], progress: Callable
         loader.submit(load_parameters, checkpoint, weights, progress=progress).result()
 
 
-def _checked_products(weights: dict[str, Tensor]) -> Choice:
-    """Deterministic mode rests on how this machine's library multiplies: try it on every shape of weights."""
+def _checked_products(weights: dict[str, Tensor], kernel_set: KernelSet) -> Choice:
+    """Where deterministic mode rests on how this machine's library multiplies, try it on every shape of weights."""
+    if all(choice.backend != "deterministic" for choice in kernel_set.choices if choice.op == "linear"):
+        return Choice("deterministic", "on", "the compiled kernels compute every row by itself")
     with ThreadPoolExecutor(1) as checker:  # a thread that ends, as in _load
         varying = checker.submit(varying_shapes, weights.values()).result()
     if varying:

@@ -19,6 +19,16 @@ class Segments:
         return len(self.starts)
 
 
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [outputs, width], or several of them one after another [groups, outputs, width], as Kernels.pack made
+    it: `data` is in the form that its backend alone reads. Every other op that takes one names its logical shape."""
+
+    data: Tensor
+    outputs: int
+    width: int
+
+
 class Packing(StrEnum):
     """Byte formats of stored rows; kernels/reference/quantize.py packs them."""
 

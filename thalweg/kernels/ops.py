@@ -12,19 +12,25 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments, StoredRows
+from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments, StoredRows, Weight
+
+
+class Pack(Protocol):
+    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded."""
+
+    def __call__(self, weight: Tensor) -> Weight: ...
 
 
 class Linear(Protocol):
-    """x [..., K] times weight [N, K], transposed: [..., N] in the dtype of both."""
+    """x [..., K] times weight [N, K], transposed: [..., N] in the dtype of x."""
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Weight) -> Tensor: ...
 
 
 class GroupedLinear(Protocol):
     """Each group with its own weight: x [T, G, K], weight [G, N, K] -> [T, G, N]."""
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Weight) -> Tensor: ...
 
 
 class RmsNorm(Protocol):
@@ -47,7 +53,7 @@ class MixIn(Protocol):
     """
 
     def __call__(
-        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
+        self, streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -61,7 +67,7 @@ class MixHead(Protocol):
     """mHC before the head: streams [T, N, D] -> [T, D]; fn [N, N*D], base [N], scale [1] (model-spec 3.9)."""
 
     def __call__(
-        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
+        self, streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float
     ) -> Tensor: ...
 
 
@@ -124,7 +130,7 @@ class Experts(Protocol):
     """
 
     def __call__(
-        self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
+        self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight, limit: float
     ) -> Tensor: ...
 
 
@@ -167,6 +173,7 @@ class ReadRows(Protocol):
 class Kernels:
     """One function per op, as chosen at start-up by registry.select_kernels."""
 
+    pack: Pack
     linear: Linear
     grouped_linear: GroupedLinear
     rms_norm: RmsNorm

@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 import torch
 
 from thalweg.errors import ConfigError
+from thalweg.kernels.cpu.backend import cpu_kernels
+from thalweg.kernels.cpu.library import Level, LibraryMissing, load_library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.reference.backend import reference_kernels
 
-__all__ = ["KernelChoice", "KernelSet", "deterministic_kernels", "reference_kernels", "select_kernels"]
+__all__ = ["KernelChoice", "KernelSet", "cpu_kernels", "deterministic_kernels", "reference_kernels", "select_kernels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +27,68 @@ class KernelChoice:
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """The chosen functions and the reasons."""
+    """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `narrow`: weights may stay
+    in bfloat16 under fp32 activations."""
 
     kernels: Kernels
     choices: tuple[KernelChoice, ...]
+    exact: bool = False
+    narrow: bool = False
 
 
-def select_kernels(device: torch.device, *, deterministic: bool = False) -> KernelSet:
-    """The best available backend per op for a device. Raises ConfigError if the device has no deterministic one."""
+def select_kernels(
+    device: torch.device,
+    *,
+    deterministic: bool = False,
+    compute: torch.dtype = torch.float32,
+    wanted: str = "auto",
+) -> KernelSet:
+    """The best available backend per op for a device: `wanted` is auto, reference or a Level of the compiled kernels.
+
+    Raises ConfigError if the device has no deterministic one, or none as wanted.
+    """
     if deterministic and device.type != "cpu":
         raise ConfigError(f"deterministic: there are no such kernels for {device.type} yet", param="deterministic")
+    try:
+        return _compiled(device, compute, wanted)
+    except LibraryMissing as missing:
+        if wanted not in ("auto", "reference"):
+            raise ConfigError(f"kernels: {missing}", param="kernels") from missing
+        return _plain(device, deterministic, str(missing))
+
+
+def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> KernelSet:
+    if wanted == "reference":
+        raise LibraryMissing("as set")
+    if device.type != "cpu":
+        raise LibraryMissing(f"the only backend for {device.type}")
+    if compute is not torch.float32:
+        raise LibraryMissing("the compiled kernels compute in float32")
+    library = load_library(None if wanted == "auto" else Level(wanted))
+    kernels, others = cpu_kernels(library), deterministic_kernels()
+    plain = reference_kernels()
+    why = "as set" if wanted != "auto" else "the highest instruction set of this processor"
+    choices = []
+    for field in fields(Kernels):
+        function = getattr(kernels, field.name)
+        if function is getattr(plain, field.name):
+            choices.append(KernelChoice(field.name, "reference", "each row is computed by itself already"))
+        elif function is getattr(others, field.name):
+            choices.append(KernelChoice(field.name, "deterministic", "not compiled; bits of a row depend on it alone"))
+        else:
+            choices.append(KernelChoice(field.name, f"cpu-{library.level.value}", why))
+    return KernelSet(kernels, tuple(choices), exact=True, narrow=True)
+
+
+def _plain(device: torch.device, deterministic: bool, missing: str) -> KernelSet:
     reference = reference_kernels()
     kernels = deterministic_kernels() if deterministic else reference
-    names = [field.name for field in fields(Kernels)]
-    choices = (
-        _choice(name, device, deterministic, getattr(kernels, name) is getattr(reference, name)) for name in names
-    )
-    return KernelSet(kernels, tuple(choices))
-
-
-def _choice(op: str, device: torch.device, deterministic: bool, same: bool) -> KernelChoice:
-    if not deterministic:
-        return KernelChoice(op, "reference", f"the only backend for {device.type}")
-    if same:
-        return KernelChoice(op, "reference", "each row is computed by itself already")
-    return KernelChoice(op, "deterministic", "as set: bits of a row depend on that row alone")
+    choices = []
+    for field in fields(Kernels):
+        if not deterministic:
+            choices.append(KernelChoice(field.name, "reference", missing))
+        elif getattr(kernels, field.name) is getattr(reference, field.name):
+            choices.append(KernelChoice(field.name, "reference", "each row is computed by itself already"))
+        else:
+            choices.append(KernelChoice(field.name, "deterministic", "as set: bits of a row depend on that row alone"))
+    return KernelSet(kernels, tuple(choices), exact=deterministic)

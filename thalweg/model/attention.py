@@ -25,6 +25,9 @@ class Attention:
         self._kind = config.layer_kinds[layer]
         self._numerics = numerics
         self._kernels = kernels
+        self._wq_a, self._wq_b = weights.matrix("wq_a.weight"), weights.matrix("wq_b.weight")
+        self._wkv = weights.matrix("wkv.weight")
+        self._wo_a, self._wo_b = weights.matrix("wo_a.weight", config.o_groups), weights.matrix("wo_b.weight")
         self._compressor: Compressor | None = None
         self._indexer: Indexer | None = None
         eps = config.rms_norm_eps
@@ -40,7 +43,7 @@ class Attention:
         """x [T, D], normed -> [T, D], or [O, D] for the output rows alone in the last layer."""
         config, weights, kernels = self._config, self._weights, self._kernels
         angles = tables.angles(self._kind)
-        kv = kernels.rms_norm(kernels.linear(x, weights["wkv.weight"]), weights["kv_norm.weight"], config.rms_norm_eps)
+        kv = kernels.rms_norm(kernels.linear(x, self._wkv), weights["kv_norm.weight"], config.rms_norm_eps)
         kv = self._numerics.stored_kv(kernels.rotate(kv, angles.cos, angles.sin), config.rope_dim, kernels)
         self._compress(x, step, tables, cache)
         result = x[:0]
@@ -73,8 +76,8 @@ class Attention:
     ) -> Tensor:
         config, weights, kernels = self._config, self._weights, self._kernels
         eps, shape = config.rms_norm_eps, (config.num_attention_heads, config.head_dim)
-        low = kernels.rms_norm(kernels.linear(x, weights["wq_a.weight"]), weights["q_norm.weight"], eps)
-        query = kernels.linear(low, weights["wq_b.weight"]).unflatten(-1, shape)
+        low = kernels.rms_norm(kernels.linear(x, self._wq_a), weights["q_norm.weight"], eps)
+        query = kernels.linear(low, self._wq_b).unflatten(-1, shape)
         query = kernels.rotate(kernels.rms_norm(query, None, eps), angles.cos, angles.sin)
         selected = None
         if self._indexer is not None:
@@ -90,10 +93,9 @@ class Attention:
 
     def _project(self, heads: Tensor) -> Tensor:
         """Grouped low-rank output projection: [Q, H, d] -> [Q, D]."""
-        groups, rank = self._config.o_groups, self._config.o_lora_rank
-        grouped = heads.flatten(1).unflatten(1, (groups, -1))
-        low = self._kernels.grouped_linear(grouped, self._weights["wo_a.weight"].unflatten(0, (groups, rank)))
-        return self._kernels.linear(low.flatten(1), self._weights["wo_b.weight"])
+        grouped = heads.flatten(1).unflatten(1, (self._config.o_groups, -1))
+        low = self._kernels.grouped_linear(grouped, self._wo_a)
+        return self._kernels.linear(low.flatten(1), self._wo_b)
 
 
 class Indexer:
@@ -102,7 +104,7 @@ class Indexer:
     def __init__(self, weights: Weights, config: ModelConfig, layer: int, numerics: Numerics, kernels: Kernels) -> None:
         streams = CompressorStreams("pending_index", "tail_index")
         self._compressor = Compressor(weights.under("compressor."), layer, streams, config.rms_norm_eps, kernels)
-        self._weights = weights
+        self._wq_b, self._weights_proj = weights.matrix("wq_b.weight"), weights.matrix("weights_proj.weight")
         self._config = config
         self._layer = layer
         self._numerics = numerics
@@ -118,11 +120,11 @@ class Indexer:
     ) -> Tensor:
         """Entry numbers int64 [Q, k] for queries with inputs x [Q, D] and low-rank queries [Q, q_lora]."""
         config, kernels = self._config, self._kernels
-        query = kernels.linear(low, self._weights["wq_b.weight"])
+        query = kernels.linear(low, self._wq_b)
         query = query.unflatten(-1, (config.index_heads, config.index_head_dim))
         query = self._numerics.index_query(kernels.rotate(query, angles.cos, angles.sin), kernels)
         scale = (config.index_heads * config.index_head_dim) ** -0.5
-        weights = kernels.linear(x, self._weights["weights_proj.weight"]).float() * scale
+        weights = kernels.linear(x, self._weights_proj).float() * scale
         keys = paged_rows("index", self._rows(cache), step)
         return kernels.index_topk(query, weights, keys, queries, config.csa_ratio, config.index_topk)
 

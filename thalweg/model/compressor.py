@@ -35,7 +35,7 @@ class Compressor:
     def __init__(
         self, weights: Weights, layer: int, streams: CompressorStreams, norm_eps: float, kernels: Kernels
     ) -> None:
-        self._wkv, self._wgate = weights["wkv.weight"], weights["wgate.weight"]
+        self._wkv, self._wgate = weights.matrix("wkv.weight"), weights.matrix("wgate.weight")
         self._ape, self._norm = weights["ape"], weights["norm.weight"]
         self._layer = layer
         self._streams = streams

@@ -13,11 +13,11 @@ class MixtureOfExperts:
     """The first `num_hash_layers` layers choose experts by token id, the others by score plus bias."""
 
     def __init__(self, weights: Weights, config: ModelConfig, *, hashed: bool, kernels: Kernels) -> None:
-        self._gate = weights["gate.weight"]
+        self._gate = weights.matrix("gate.weight")
         self._bias = None if hashed else weights["gate.bias"]
         self._by_token = weights["gate.tid2eid"] if hashed else None
-        self._gate_up, self._down = weights["experts.gate_up"], weights["experts.down"]
-        self._w1, self._w2, self._w3 = (weights[f"shared_experts.{w}.weight"] for w in ("w1", "w2", "w3"))
+        self._gate_up, self._down = weights.matrix("experts.gate_up"), weights.matrix("experts.down")
+        self._w1, self._w2, self._w3 = (weights.matrix(f"shared_experts.{w}.weight") for w in ("w1", "w2", "w3"))
         self._config = config
         self._kernels = kernels
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +24,7 @@ class Block:
         self._attention = Attention(weights.under("attn."), config, layer, numerics, kernels)
         hashed = layer < config.num_hash_layers
         self._moe = MixtureOfExperts(weights.under("ffn."), config, hashed=hashed, kernels=kernels)
+        self._mix = {part: weights.matrix(f"hc_{part}_fn") for part in ("attn", "ffn")}
         self._weights = weights
         self._config = config
         self._kernels = kernels
@@ -51,7 +50,7 @@ class Block:
     def _mix_in(self, streams: Tensor, part: str) -> tuple[Tensor, Tensor, Tensor]:
         """The normed input of a sublayer, and how its output is mixed back."""
         config, w = self._config, self._weights
-        fn, scale = w[f"hc_{part}_fn"], w[f"hc_{part}_scale"]
+        fn, scale = self._mix[part], w[f"hc_{part}_scale"]
         x, post, comb = self._kernels.mix_in(
             streams, fn, w[f"hc_{part}_base"], scale, config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters
         )
@@ -59,18 +58,17 @@ class Block:
 
 
 class Model:
-    """The whole model over given parameters (engine names, see checkpoint/parameters.py).
+    """The whole model over given parameters (engine names, see checkpoint/parameters.py). Matrices are taken out of the
+    dict one by one as the backend packs them, so that no more than one of them is in memory twice.
 
     MTP parameters are kept with the rest for speculative decoding; the forward pass does not read them.
     """
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], numerics: Numerics, kernels: Kernels
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], numerics: Numerics, kernels: Kernels) -> None:
         numerics.check(config)
         self.config = config
         self.numerics = numerics
-        self._weights = Weights(tensors)
+        self._weights = Weights(tensors, kernels.pack)
         self._kernels = kernels
         device = tensors["embed.weight"].device
         self._window_frequencies = window_frequencies(config, device)
@@ -79,6 +77,7 @@ class Model:
             Block(self._weights.under(f"layers.{layer}."), config, layer, numerics, kernels)
             for layer in range(config.num_layers)
         ]
+        self._mix_head, self._out = self._weights.matrix("hc_head_fn"), self._weights.matrix("head.weight")
 
     def forward(self, step: StepInputs, cache: CacheRows) -> Tensor:
         """Logits fp32 [O, vocab] of the step's output rows; the rows of all its tokens are written to the cache."""
@@ -93,7 +92,7 @@ class Model:
 
     def _head(self, streams: Tensor) -> Tensor:
         config, w = self.config, self._weights
-        fn, base, scale = w["hc_head_fn"], w["hc_head_base"], w["hc_head_scale"]
-        x = self._kernels.mix_head(streams, fn, base, scale, config.rms_norm_eps, config.hc_eps)
+        base, scale = w["hc_head_base"], w["hc_head_scale"]
+        x = self._kernels.mix_head(streams, self._mix_head, base, scale, config.rms_norm_eps, config.hc_eps)
         normed = self._kernels.rms_norm(x, w["norm.weight"], config.rms_norm_eps)
-        return self._kernels.linear(normed.float(), w["head.weight"])
+        return self._kernels.linear(normed.float(), self._out)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from thalweg.checkpoint.parameters import Precision, parameters
 from thalweg.config.model import ModelConfig
+from thalweg.kernels.arguments import Weight
+from thalweg.kernels.ops import Pack
 
 
 class Weights:
     """`weights["wq_a.weight"]` under the prefix `layers.0.attn.` is `layers.0.attn.wq_a.weight`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    def __init__(self, tensors: dict[str, Tensor], pack: Pack, prefix: str = "") -> None:
         self._tensors = tensors
+        self._pack = pack
         self._prefix = prefix
 
     def under(self, prefix: str) -> Weights:
-        return Weights(self._tensors, self._prefix + prefix)
+        return Weights(self._tensors, self._pack, self._prefix + prefix)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
+
+    def matrix(self, name: str, groups: int = 1) -> Weight:
+        """Take a matrix out, in the form in which the backend multiplies by it: the plain tensor is let go."""
+        tensor = self._tensors.pop(self._prefix + name)
+        return self._pack(tensor if groups == 1 else tensor.unflatten(0, (groups, -1)))
 
 
 def allocate(config: ModelConfig, compute: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from thalweg.kernels.arguments import AttentionContext, PagedRows
-from thalweg.kernels.deterministic.linear import VECTOR, each_product, linear, padded
+from thalweg.kernels.deterministic.linear import VECTOR, each_product, padded, product
 from thalweg.kernels.reference.paging import entry_slots
 from thalweg.kernels.reference.rows import read_rows
 
@@ -95,7 +95,7 @@ def _add_window(softmax: _Softmax, rows: Tensor, origin: int, positions: Tensor,
     keys[low - last + count : high - last + count, : rows.shape[1]] = rows[low - origin : high - origin]
     distance = positions.unsqueeze(1) - torch.arange(last - count, last, device=rows.device)
     visible = (distance >= 0) & (distance < window) & (distance <= positions.unsqueeze(1))
-    softmax.add(keys, visible, linear)
+    softmax.add(keys, visible, product)
 
 
 def _add_selected(softmax: _Softmax, entries: PagedRows, s: int, selected: Tensor) -> None:
@@ -114,4 +114,4 @@ def _add_all(softmax: _Softmax, entries: PagedRows, s: int, visible: Tensor) -> 
         rows = torch.zeros((ENTRY_TILE, softmax.query.shape[-1]), device=visible.device)
         present = min(ENTRY_TILE, count - begin)
         rows[:present] = _entry_rows(entries, s, numbers[:present])
-        softmax.add(rows, numbers < visible.unsqueeze(1), linear)
+        softmax.add(rows, numbers < visible.unsqueeze(1), product)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thalweg.kernels.arguments import Weight
 from thalweg.kernels.deterministic.linear import linear
 from thalweg.kernels.deterministic.sums import folded, sigmoid
 from thalweg.kernels.reference.hyper_connection import doubly_stochastic
 
 
-def _projected(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+def _projected(streams: Tensor, fn: Weight, norm_eps: float) -> Tensor:
     """z = (fn . v) / rms(v). The mean goes over each stream first: torch splits a sum that has only one result."""
     v = streams.flatten(1).float()
     mean_square = v.square().view(streams.shape).mean(-1).mean(-1, keepdim=True)
@@ -22,7 +23,7 @@ def _collapsed(streams: Tensor, pre: Tensor) -> Tensor:
 
 
 def mix_in(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
+    streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = streams.shape[1]
     z = _projected(streams, fn, norm_eps)
@@ -39,5 +40,5 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return mixed.to(streams.dtype)
 
 
-def mix_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
+def mix_head(streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
     return _collapsed(streams, sigmoid(_projected(streams, fn, norm_eps) * scale + base) + eps)

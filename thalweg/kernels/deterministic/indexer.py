@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from thalweg.kernels.arguments import PagedRows, Segments
-from thalweg.kernels.deterministic.linear import linear
+from thalweg.kernels.deterministic.linear import product
 from thalweg.kernels.deterministic.sums import folded
 from thalweg.kernels.reference.indexer import streaming_topk
 
@@ -25,6 +25,6 @@ def _scores(query: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         tile = rows[begin : begin + SCORE_TILE]
         keys = rows.new_zeros((SCORE_TILE, rows.shape[1]))
         keys[: len(tile)] = tile
-        products = linear(heads, keys)[..., : len(tile)]
+        products = product(heads, keys)[..., : len(tile)]
         parts.append(folded(torch.relu(products) * weights))
     return torch.cat(parts, 1)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from thalweg.kernels.arguments import Weight
+
 TILE = 32  # rows of one product: one decoding request pays for all of them, a prompt for a call per tile
 VECTOR = 16  # fp32 elements of the widest vector: an unaligned rest changed the order of sums from row to row
 
@@ -23,7 +25,11 @@ def padded(x: Tensor) -> Tensor:
     return F.pad(x, (0, rest)) if rest else x
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    return product(x, weight.data)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K], weight [N, K] -> [..., N]."""
     rows, weight = x.flatten(0, -2), padded(weight)
     whole = -(-len(rows) // TILE) * TILE
@@ -36,9 +42,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return result[: len(rows)].unflatten(0, x.shape[:-1])
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, G, K], weight [G, N, K] -> [T, G, N]."""
-    return torch.stack([linear(x[:, group], part) for group, part in enumerate(weight)], 1)
+def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+    return torch.stack([product(x[:, group], part) for group, part in enumerate(weight.data)], 1)
 
 
 def each_product(left: Tensor, right: Tensor) -> Tensor:
@@ -59,6 +64,6 @@ def varying_shapes(weights: Iterable[Tensor]) -> list[tuple[int, ...]]:
 def _varies(weight: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((TILE, weight.shape[1]), generator=generator).to(weight.dtype)
-    whole = linear(rows, weight)
-    turned, alone = linear(rows.flip(0), weight).flip(0), linear(rows[TILE // 2 : TILE // 2 + 1], weight)
+    whole = product(rows, weight)
+    turned, alone = product(rows.flip(0), weight).flip(0), product(rows[TILE // 2 : TILE // 2 + 1], weight)
     return not (torch.equal(turned, whole) and torch.equal(alone[0], whole[TILE // 2]))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thalweg.kernels.deterministic.linear import linear
+from thalweg.kernels.arguments import Weight
+from thalweg.kernels.deterministic.linear import product
 from thalweg.kernels.deterministic.sums import sigmoid, softplus
 from thalweg.kernels.reference.moe import by_expert, routed
 
@@ -19,11 +20,11 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return gate * sigmoid(gate) * up.float().clamp(-limit, limit)
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight, limit: float) -> Tensor:
     """Each token's sum runs over its experts in ascending order."""
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert, token, weight in by_expert(ids, weights, gate_up.shape[0]):
-        gate, up = linear(x[token], gate_up[expert]).chunk(2, -1)
+    for expert, token, weight in by_expert(ids, weights, len(gate_up.data)):
+        gate, up = product(x[token], gate_up.data[expert]).chunk(2, -1)
         hidden = swiglu(gate, up, limit) * weight
-        result.index_add_(0, token, linear(hidden.to(x.dtype), down[expert]).float())
+        result.index_add_(0, token, product(hidden.to(x.dtype), down.data[expert]).float())
     return result

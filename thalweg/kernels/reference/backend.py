@@ -20,6 +20,7 @@ from thalweg.kernels.reference import (
 def reference_kernels() -> Kernels:
     """Plain torch for every op; runs on any device."""
     return Kernels(
+        pack=linear.pack,
         linear=linear.linear,
         grouped_linear=linear.grouped_linear,
         rms_norm=norm.rms_norm,

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from thalweg.kernels.arguments import Weight
 
-def _projected(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+
+def _projected(streams: Tensor, fn: Weight, norm_eps: float) -> Tensor:
     """z = (fn . v) / rms(v) with v the flattened streams in fp32."""
     v = streams.flatten(1).float()
-    return F.linear(v, fn) * torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
+    return F.linear(v, fn.data) * torch.rsqrt(v.square().mean(-1, keepdim=True) + norm_eps)
 
 
 def _collapsed(streams: Tensor, pre: Tensor) -> Tensor:
@@ -18,7 +20,7 @@ def _collapsed(streams: Tensor, pre: Tensor) -> Tensor:
 
 
 def mix_in(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
+    streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = streams.shape[1]
     z = _projected(streams, fn, norm_eps)
@@ -43,5 +45,5 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return (kept + post.unsqueeze(-1) * y.float().unsqueeze(1)).to(streams.dtype)
 
 
-def mix_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
+def mix_head(streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
     return _collapsed(streams, torch.sigmoid(_projected(streams, fn, norm_eps) * scale + base) + eps)

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight)
+from thalweg.kernels.arguments import Weight
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+def pack(weight: Tensor) -> Weight:
+    return Weight(weight, *weight.shape[-2:])
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    return F.linear(x, weight.data)
+
+
+def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+    return torch.bmm(x.transpose(0, 1), weight.data.transpose(1, 2)).transpose(0, 1)

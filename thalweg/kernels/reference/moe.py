@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from thalweg.kernels.arguments import Weight
+
 
 def route(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float) -> tuple[Tensor, Tensor]:
     return routed(F.softplus(logits).sqrt(), bias, chosen, k, scale)
@@ -26,13 +28,13 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weight, limit: float) -> Tensor:
     """Each token's sum runs over its experts in ascending order."""
     result = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert, token, weight in by_expert(ids, weights, gate_up.shape[0]):
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, -1)
+    for expert, token, weight in by_expert(ids, weights, len(gate_up.data)):
+        gate, up = F.linear(x[token], gate_up.data[expert]).chunk(2, -1)
         hidden = swiglu(gate, up, limit) * weight
-        result.index_add_(0, token, F.linear(hidden.to(x.dtype), down[expert]).float())
+        result.index_add_(0, token, F.linear(hidden.to(x.dtype), down.data[expert]).float())
     return result
 
 

@@ -1,0 +1,210 @@
+"""Backends that promise bits: a row's result depends neither on the rows beside it nor on its place among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.backends import Kernels, every_exact_backend
+from tests.kernels.test_attention import HEADS, SCENES, Scene, random, sums
+from tests.kernels.threads import ANY_THREADS, threads
+from thalweg.kernels.arguments import PagedRows, Segments
+from thalweg.kernels.registry import reference_kernels
+from thalweg.kernels.spec import spec_of
+from thalweg.model.rotary import angles
+
+__all__ = ["threads"]
+REFERENCE = reference_kernels()
+
+
+def rows_alone_equal(compute: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> None:
+    """Rows computed alone, in smaller batches and in another order have the bits that they have in the whole batch."""
+    total = len(inputs[0])
+    whole = compute(*inputs)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(8))
+    batches = [order, *(torch.arange(s, e) for s, e in ((0, 1), (total - 1, total), (1, 3), (2, 34), (5, total)))]
+    for rows in batches:
+        part = compute(*(x[rows] for x in inputs))
+        for a, b in zip(as_tuple(part), as_tuple(whole), strict=True):
+            assert torch.equal(a, b[rows])
+
+
+def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@every_exact_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("width", [1, 8, 33, 255, 256, 257, 4096])
+@pytest.mark.parametrize("outputs", [1, 15, 24, 64, 97, 300])
+def test_linear(kernels: Kernels, width: int, outputs: int, narrow: bool) -> None:
+    """Also over weights that came in bfloat16, which some backends keep so: widening is exact."""
+    weight, x = random(outputs, width, seed=1).bfloat16(), random(205, width)
+    wide = kernels.pack(weight.float())
+    keeps = not isinstance(kernels.pack, type(reference_kernels().pack))
+    packed = kernels.pack(weight) if narrow and keeps else wide
+    rows_alone_equal(lambda x: kernels.linear(x, packed), x)
+    ours, exact = kernels.linear(x, packed), x.double() @ weight.double().T
+    assert (ours.double() - exact).abs().max() <= spec_of("linear").tolerance * width**0.5
+    assert torch.equal(ours, kernels.linear(x, wide))
+
+
+@every_exact_backend()
+@ANY_THREADS
+def test_grouped_linear(kernels: Kernels) -> None:
+    weight, x = random(3, 10, 16), random(70, 3, 16, seed=1)
+    packed = kernels.pack(weight)
+    rows_alone_equal(lambda x: kernels.grouped_linear(x, packed), x)
+    exact = torch.einsum("tgk,gnk->tgn", x.double(), weight.double())
+    assert (kernels.grouped_linear(x, packed).double() - exact).abs().max() <= spec_of("grouped_linear").tolerance
+
+
+@every_exact_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("hidden", [5, 48, 7168])
+def test_hyper_connections(kernels: Kernels, n: int, hidden: int) -> None:
+    streams, y = random(75, n, hidden), random(75, hidden, seed=1)
+    fn, base, scale = random((2 + n) * n, n * hidden, seed=2) / 9, random((2 + n) * n, seed=3), random(3, seed=4)
+    packed, head = kernels.pack(fn), kernels.pack(fn[:n])
+    rows_alone_equal(lambda s: kernels.mix_in(s, packed, base, scale, 1e-6, 1e-6, 20), streams)
+    rows_alone_equal(lambda s: kernels.mix_head(s, head, base[:n], scale[:1], 1e-6, 1e-6), streams)
+    _, post, comb = kernels.mix_in(streams, packed, base, scale, 1e-6, 1e-6, 20)
+    rows_alone_equal(kernels.mix_out, y, streams, post, comb)
+
+
+@every_exact_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("width", [1, 5, 33, 128, 7168])
+def test_functions_of_rows(kernels: Kernels, width: int) -> None:
+    x = random(801 if width < 999 else 75, width) * 4
+    rows_alone_equal(lambda x: kernels.rms_norm(x, None, 1e-6), x)
+    rows_alone_equal(lambda a, b: kernels.swiglu(a, b, 1.0), x, x.flip(0))
+    assert (kernels.swiglu(x, x, 2.0) - REFERENCE.swiglu(x, x, 2.0)).abs().max() <= spec_of("swiglu").tolerance
+
+
+@every_exact_backend()
+def test_far_values(kernels: Kernels) -> None:
+    x = torch.tensor([-1e4, -100.0, -0.0, 0.0, 100.0, 1e4])
+    assert kernels.swiglu(x, torch.ones(6), 10.0).isfinite().all()
+
+
+@every_exact_backend()
+@ANY_THREADS
+def test_rotation(kernels: Kernels) -> None:
+    positions = torch.arange(0, 1_000_000, 9973)
+    frequencies = 10000.0 ** -(torch.arange(0, 10, 2) / 10)
+    table = angles(positions, frequencies)
+    rows_alone_equal(kernels.rotate, random(len(positions), 3, 17), table.cos, table.sin)
+
+
+@every_exact_backend()
+def test_roundings(kernels: Kernels) -> None:
+    rows_alone_equal(lambda x: kernels.round_kv(x, 8), random(80, 72))
+    rows_alone_equal(kernels.round_index, random(80, 32))
+
+
+@every_exact_backend()
+@ANY_THREADS
+@pytest.mark.parametrize(("tokens", "dim"), [(4, 8), (4, 16), (128, 48), (128, 512)])
+def test_compress(kernels: Kernels, tokens: int, dim: int) -> None:
+    rows, before = random(300, 2 * dim), random(90, 2 * dim, seed=1)
+    own = torch.randint(0, 300, (60, tokens), generator=torch.Generator().manual_seed(2))
+    previous = torch.randint(-1, 90, (60, tokens), generator=torch.Generator().manual_seed(3))
+    rows_alone_equal(lambda own: kernels.compress(rows, own), own)
+    rows_alone_equal(lambda own, previous: kernels.compress(rows, own, before, previous), own, previous)
+
+
+@every_exact_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("hashed", [False, True])
+@pytest.mark.parametrize("hidden", [24, 33])
+def test_moe(kernels: Kernels, hidden: int, hashed: bool) -> None:
+    logits, bias = random(90, 6) * 3, random(6, seed=1)
+    chosen = torch.randint(0, 6, (90, 2), generator=torch.Generator().manual_seed(2))
+    if hashed:
+        rows_alone_equal(lambda x, c: kernels.route(x, None, c, 2, 1.5), logits, chosen)
+    else:
+        rows_alone_equal(lambda x: kernels.route(x, bias, None, 2, 1.5), logits)
+    ids, weights = kernels.route(logits, bias, chosen if hashed else None, 2, 1.5)
+    up, down = (kernels.pack(w) for w in (random(6, 40, hidden, seed=3), random(6, hidden, 20, seed=4)))
+    rows_alone_equal(lambda x, i, w: kernels.experts(x, i, w, up, down, 1.0), random(90, hidden, seed=5), ids, weights)
+
+
+def split_run(kernels: Kernels, scene: Scene, chunks: list[int], mode: str) -> Tensor:
+    """Attention and index_topk of one sequence, computed in chunks that start after what was there before."""
+    start, end = scene.past[0], scene.ends[0]
+    query, sinks = random(end - start, HEADS, scene.width, seed=6) * 2, random(HEADS, seed=5)
+    weights = random(end - start, HEADS, seed=7)
+    results = []
+    done = start
+    for count in chunks:
+        part = Scene([done], [count], scene.ratio, scene.width)
+        part.keys, part.paged = [scene.keys[0][: done + count]], scene.paged
+        queries = Segments((0, count), (done,))
+        q, w = query[done - start : done - start + count], weights[done - start : done - start + count]
+        chosen = kernels.index_topk(q, w, scene.paged, queries, scene.ratio, 6)
+        if mode == "index":
+            results.append(chosen)
+        else:
+            selected = chosen if mode == "selected" else None
+            context = part.context(queries, entries=mode != "window")
+            results.append(kernels.attention(q, part.new_rows(), context, sinks, selected))
+        done += count
+    assert done == end
+    return torch.cat(results)
+
+
+@every_exact_backend()
+@pytest.mark.parametrize("mode", ["window", "selected", "all"])
+def test_sequences_do_not_matter(kernels: Kernels, mode: str) -> None:
+    scene = SCENES["ragged"]
+    queries = Segments(sums(scene.new), tuple(scene.past))
+    query, sinks = random(sum(scene.new), HEADS, scene.width, seed=6), random(HEADS, seed=5)
+    chosen = kernels.index_topk(query, query[..., 0], scene.paged, queries, scene.ratio, 6)
+    selected = chosen if mode == "selected" else None
+    entries = mode != "window"
+    together = kernels.attention(query, scene.new_rows(), scene.context(queries, entries=entries), sinks, selected)
+    for s, count in enumerate(scene.new):
+        alone = Scene([scene.past[s]], [count], scene.ratio)
+        alone.keys = [scene.keys[s]]
+        blocks = slice(scene.paged.offsets[s], scene.paged.offsets[s + 1])
+        paged = PagedRows(scene.paged.rows, scene.paged.blocks[blocks], (0, blocks.stop - blocks.start), 4)
+        alone.paged = paged
+        own = Segments((0, count), (scene.past[s],))
+        rows = slice(queries.offsets[s], queries.offsets[s + 1])
+        picks = kernels.index_topk(query[rows], query[rows, :, 0], paged, own, scene.ratio, 6)
+        assert torch.equal(picks, chosen[rows])
+        context = alone.context(own, entries=entries)
+        picked = picks if mode == "selected" else None
+        assert torch.equal(kernels.attention(query[rows], alone.new_rows(), context, sinks, picked), together[rows])
+
+
+@every_exact_backend()
+@pytest.mark.parametrize("mode", ["index", "window", "selected", "all"])
+@pytest.mark.parametrize(("past", "new", "ratio"), [(0, 150, 4), (33, 90, 4), (250, 140, 2), (2300, 37, 2)])
+def test_chunks_do_not_matter(kernels: Kernels, past: int, new: int, ratio: int, mode: str) -> None:
+    scene = Scene([past], [new], ratio)
+    whole = split_run(kernels, scene, [new], mode)
+    assert not whole.isnan().any()
+    for chunks in ([1] * 34 + [new - 34], [1, 30, 2, new - 33], [new - 1, 1]):
+        assert torch.equal(split_run(kernels, scene, chunks, mode), whole)
+
+
+@every_exact_backend()
+def test_unwritten_rows_do_not_matter(kernels: Kernels) -> None:
+    """What lies in a pool beside a sequence's own entries, NaN too, changes nothing."""
+    scene = Scene([250], [9], 4)
+    results = []
+    for filler in (0.0, float("nan")):
+        used = torch.zeros(len(scene.paged.rows.data), dtype=torch.bool)
+        numbers = torch.arange(scene.ends[0] // 4)
+        used[scene.paged.blocks[numbers // 4] * 4 + numbers % 4] = True
+        scene.paged.rows.data[~used] = filler
+        results.append([split_run(kernels, scene, [9], mode) for mode in ("index", "selected", "all")])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) and not a.isnan().any()

@@ -1,0 +1,24 @@
+"""The CPU backend as a whole: compiled ops, and another backend's where those already serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from thalweg.kernels.cpu import hyper_connection, linear, moe
+from thalweg.kernels.cpu.library import Library
+from thalweg.kernels.deterministic.backend import deterministic_kernels
+from thalweg.kernels.ops import Kernels
+
+
+def cpu_kernels(library: Library) -> Kernels:
+    """For activations in fp32. What is not compiled comes from the deterministic backend."""
+    return replace(
+        deterministic_kernels(),
+        pack=partial(linear.pack, library),
+        linear=partial(linear.linear, library),
+        grouped_linear=partial(linear.grouped_linear, library),
+        mix_in=partial(hyper_connection.mix_in, library),
+        mix_head=partial(hyper_connection.mix_head, library),
+        experts=partial(moe.experts, library),
+    )
