@@ -193,9 +193,9 @@ class Trouble(HostTier):
         self._maybe("find")
         return super().find(digests)
 
-    def read_rows(self, piece: Piece) -> Bytes | None:
+    def read_rows(self, piece: Piece, skip: int = 0) -> Bytes | None:
         self._maybe("read_rows")
-        return super().read_rows(piece)
+        return super().read_rows(piece, skip)
 
     def read_checkpoint(self, digest: bytes) -> Bytes | None:
         self._maybe("read_checkpoint")
@@ -268,9 +268,9 @@ def test_a_request_cancelled_while_its_rows_are_loaded() -> None:
     expected = cold_answers(fields, prompts)
 
     class Slow(HostTier):
-        def read_rows(self, piece: Piece) -> Bytes | None:
+        def read_rows(self, piece: Piece, skip: int = 0) -> Bytes | None:
             time.sleep(0.3)
-            return super().read_rows(piece)
+            return super().read_rows(piece, skip)
 
     engine = make(fields, Shape(max_running=2), units=8, tiers={"host": Slow(SPACE)})
     for i, prompt in enumerate(prompts):

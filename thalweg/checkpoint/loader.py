@@ -65,6 +65,13 @@ def load_parameters(
     return LoadReport(done, len(parameters(checkpoint.config)), read, skipped)
 
 
+def bfloat16_parameters(checkpoint: Checkpoint) -> frozenset[str]:
+    """Names of the parameters that bfloat16 holds exactly: stored so, or as FP8 or FP4 under power-of-two scales."""
+    sources, _ = _resolve(checkpoint)
+    wide = {s.parameter.name for s in sources.values() if s.entry.dtype != "BF16" and s.scale is None}
+    return frozenset(s.parameter.name for s in sources.values()) - wide
+
+
 def _load_shard(
     checkpoint: Checkpoint, shard: str, sources: list[_Source], destination: Mapping[str, Tensor]
 ) -> Iterator[int]:

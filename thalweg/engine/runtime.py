@@ -17,7 +17,7 @@ from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
 from thalweg.cache.policy import CheckpointPolicy, WindowPolicy, bounded_replay_tokens, exact_replay_tokens
 from thalweg.cache.prefix_index import Namespace
-from thalweg.checkpoint.loader import load_parameters
+from thalweg.checkpoint.loader import bfloat16_parameters, load_parameters
 from thalweg.checkpoint.parameters import parameters
 from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from thalweg.config.model import LayerKind, ModelConfig
@@ -101,13 +101,18 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device, numerics, choices = _numerics(options, config)
+    device = _device(options)
+    kernel_set = select_kernels(
+        device,
+        deterministic=options.deterministic,
+        compute=_DTYPES.get(options.dtype, torch.float32),
+        wanted=options.kernels,
+    )
+    numerics, choices = _numerics(options, config, device, narrow=kernel_set.narrow)
     groups, plan = _cache_plan(options, config, numerics, choices)
     max_model_len = _max_model_len(options, config, plan, choices)
-    weights = allocate(config, numerics.compute, device)
-    kernel_set = select_kernels(
-        device, deterministic=options.deterministic, compute=numerics.compute, wanted=options.kernels
-    )
+    narrow = bfloat16_parameters(checkpoint) if kernel_set.narrow else frozenset()
+    weights = allocate(config, numerics.compute, device, narrow)
     _load(checkpoint, weights, progress)
     if options.deterministic:
         choices.append(_checked_products(weights, kernel_set))
@@ -206,15 +211,22 @@ def _about(options: EngineOptions, checkpoint: Checkpoint) -> list[Choice]:
     ]
 
 
-def _numerics(options: EngineOptions, config: ModelConfig) -> tuple[torch.device, Numerics, list[Choice]]:
-    """Device and dtypes."""
+def _device(options: EngineOptions) -> torch.device:
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
         raise ConfigError("device: cuda was asked for, but torch finds no CUDA device here", param="device")
-    use_cuda = cuda and options.device != "cpu"
-    device = torch.device("cuda" if use_cuda else "cpu")
+    return torch.device("cuda" if cuda and options.device != "cpu" else "cpu")
+
+
+def _numerics(
+    options: EngineOptions, config: ModelConfig, device: torch.device, *, narrow: bool
+) -> tuple[Numerics, list[Choice]]:
+    """Dtypes. `narrow`: the kernels compute in fp32 with weights that stay bfloat16."""
     compute, why = options.dtype, "as set"
-    if compute == "auto":
+    use_cuda = device.type == "cuda"
+    if compute == "auto" and narrow:
+        compute, why = "float32", "the compiled kernels' own; weights stay as narrow as the checkpoint has them"
+    elif compute == "auto":
         wide = 4 * sum(p.elements for p in parameters(config))
         fits = wide <= _FLOAT32_SHARE * psutil.virtual_memory().total
         compute = "float32" if not use_cuda and fits else "bfloat16"
@@ -228,7 +240,7 @@ def _numerics(options: EngineOptions, config: ModelConfig) -> tuple[torch.device
         Choice("dtype", compute, why),
         Choice("threads", str(torch.get_num_threads()), "as set" if options.threads else "torch's default"),
     ]
-    return device, numerics, choices
+    return numerics, choices
 
 
 def _row_formats(options: EngineOptions, compute: str) -> tuple[RowFormat, RowFormat]:

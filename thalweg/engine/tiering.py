@@ -36,8 +36,9 @@ from thalweg.types import CacheReport, MissReason
 _log = logging.getLogger("thalweg.engine")
 HOST, DISK = "host", "disk"
 RECORD_UNITS = 32  # units of one record of rows, at least: 4,096 tokens, 14 MiB for Flash in the served format
-MOST_RECORD_UNITS = 256  # where rows are small, more of them, up to RECORD_BYTES
+MOST_RECORD_UNITS = 256  # where rows are small, up to RECORD_BYTES: opening files would take longer than reading them
 RECORD_BYTES = 8 * 2**20
+PART_BYTES = 2**20  # read, checked and put in place at once: while it is still in the processor's cache
 STORES_IN_FLIGHT_BYTES = 256 * 2**20
 _MOST_BACKLOG = 4096  # units that wait for their copy
 _NO_ORIGIN = bytes(16)
@@ -59,10 +60,10 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is worth loading: rows up to `units` in parts of (tier, piece, skip), and a checkpoint of a tier or None."""
+    """What is worth loading: rows up to `units` from pieces of the tiers, and a checkpoint of a tier or None."""
 
     units: int
-    sources: tuple[tuple[str, int, int, int], ...]  # tier, number of its piece, units to skip, first unit
+    sources: tuple[tuple[str, int, int], ...]  # tier, number of its piece, first unit
     checkpoint: str | None
 
 
@@ -83,7 +84,9 @@ class Tiering:
         host = tiers.get(HOST)
         self._host = host if isinstance(host, HostTier) else None
         self._mover = mover
-        self._record_units = RECORD_UNITS if mover is None else _record_units(coordinator, mover)
+        unit_bytes = 0 if mover is None else _unit_bytes(coordinator, mover)
+        self._record_units = max(RECORD_UNITS, min(MOST_RECORD_UNITS, RECORD_BYTES // max(1, unit_bytes)))
+        self._part_units = max(1, PART_BYTES // max(1, unit_bytes))
         self._post: Callable[[Callable[[], None]], None] = lambda action: action()
         self._backlog: deque[UnitNode] = deque()
         self._storing: dict[int, tuple[StoreJob, Held]] = {}  # blocks still held, oldest first
@@ -288,12 +291,14 @@ class Tiering:
         self, plan: _Plan, found: Mapping[str, Found], cache: SequenceCache, digests: SequenceOf[bytes]
     ) -> LoadJob:
         parts = []
-        for tier, number, skip, first in plan.sources:
+        for tier, number, first in plan.sources:
             piece = found[tier].pieces[number]
-            end = min(plan.units, piece.first_unit + piece.units)
-            piece = replace(piece, units=end - piece.first_unit, digest=digests[end - 1])
-            blocks = {g: [table[n] for n in range(first, end)] for g, table in cache.growing.items()}
-            parts.append(LoadPart(tier, piece, skip, blocks))
+            last = min(plan.units, piece.first_unit + piece.units)
+            for begin in range(first, last, self._part_units):
+                end = min(begin + self._part_units, last)
+                part = replace(piece, units=end - piece.first_unit, digest=digests[end - 1])
+                blocks = {g: [table[n] for n in range(begin, end)] for g, table in cache.growing.items()}
+                parts.append(LoadPart(tier, part, begin - piece.first_unit, blocks))
         if plan.checkpoint is None:
             return LoadJob(tuple(parts))
         state = {g: [table[n] for n in sorted(table.numbers())] for g, table in cache.sliding.items()}
@@ -392,10 +397,8 @@ class Tiering:
         sequence.swapped = None
 
 
-def _record_units(coordinator: Coordinator, mover: Mover) -> int:
-    """Units of one record: many small rows go into one file, or opening files would take longer than reading them."""
-    unit_bytes = sum(mover.block_bytes(spec.group) for spec in coordinator.groups if spec.compressed)
-    return max(RECORD_UNITS, min(MOST_RECORD_UNITS, RECORD_BYTES // max(1, unit_bytes)))
+def _unit_bytes(coordinator: Coordinator, mover: Mover) -> int:
+    return sum(mover.block_bytes(spec.group) for spec in coordinator.groups if spec.compressed)
 
 
 def _asked(question: Callable[[], Answer], otherwise: Answer) -> Answer:
@@ -407,14 +410,14 @@ def _asked(question: Callable[[], Answer], otherwise: Answer) -> Answer:
         return otherwise
 
 
-def _sources(found: Mapping[str, Found], known: int, units: int) -> Iterator[tuple[str, int, int, int]]:
+def _sources(found: Mapping[str, Found], known: int, units: int) -> Iterator[tuple[str, int, int]]:
     """Pieces that cover the units [known, units), of the first tier as far as it goes, then of the next."""
     begin = known
     for tier, stored in found.items():
         for number, piece in enumerate(stored.pieces):
             end = min(piece.first_unit + piece.units, units)
             if piece.first_unit <= begin < end:
-                yield tier, number, begin - piece.first_unit, begin
+                yield tier, number, begin
                 begin = end
 
 

@@ -22,8 +22,6 @@ from thalweg.memory.tier import Found, Piece, Tally, TierUsage, usage_of
 
 LEAST_CAPACITY_BYTES = 4 << 20
 LOCK_NAME = "lock"
-_TOUCHES = 64  # uses are written down together, when there are so many
-_TOUCH_SECONDS = 10.0  # or when the first is so old
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the file may be sound
 # Failures to open a catalogue that say nothing of its contents; after any other one it is rebuilt.
 _OUTSIDE = (
@@ -59,7 +57,6 @@ class DiskTier:
         self._tally = Tally()
         self._told: set[tuple[str, object]] = set()  # kinds of errors that were logged
         self._touches: dict[str, int] = {}
-        self._touched_at = clock()
         self._touch_lock = threading.Lock()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,11 +77,11 @@ class DiskTier:
             self._failed("find", error)
             return Found((), 0, ())
 
-    def read_rows(self, piece: Piece) -> Bytes | None:
-        return self._read(piece.record, piece.units, piece.digest)
+    def read_rows(self, piece: Piece, skip: int = 0) -> Bytes | None:
+        return self._read(piece.record, skip, piece.units, piece.digest)
 
     def read_checkpoint(self, digest: bytes) -> Bytes | None:
-        rows = self._read(checkpoint_name(digest), 1, digest)
+        rows = self._read(checkpoint_name(digest), 0, 1, digest)
         if rows is None:
             return None
         self._use([checkpoint_name(digest)])
@@ -138,10 +135,10 @@ class DiskTier:
             self._failed("close", error)
         self._lock.close()
 
-    def _read(self, name: str, units: int, digest: bytes) -> Bytes | None:
+    def _read(self, name: str, first: int, end: int, digest: bytes) -> Bytes | None:
         try:
-            header, rows = self._folder.read(name, units)
-            if header.head.digests[units - 1] != digest:
+            header, rows = self._folder.read(name, end, first)
+            if header.head.digests[end - 1] != digest:
                 raise RecordError("holds other tokens")
         except (OSError, RecordError) as error:
             self._missed(name, error)
@@ -163,17 +160,15 @@ class DiskTier:
             self._failed("delete", failure)
 
     def _use(self, names: Sequence[str]) -> None:
+        """Remember uses. They are written down before the next record is, when the choice of what to evict needs them:
+        whoever reads never waits for the disk to write."""
         with self._touch_lock:
             for name in names:
                 self._touches[name] = self._touches.get(name, 0) + 1
-            due = len(self._touches) >= _TOUCHES or self._clock() - self._touched_at >= _TOUCH_SECONDS
-        if due:
-            self._flush()
 
     def _flush(self) -> None:
         with self._touch_lock:
             touches, self._touches = self._touches, {}
-            self._touched_at = self._clock()
         try:
             self._folder.catalogue.use(touches, self._clock())
         except sqlite3.Error as error:

@@ -95,18 +95,18 @@ class RecordFolder:
         files.rename(temporary, path)
         files.sync_directory(self.directory)
 
-    def read(self, name: str, units: int) -> tuple[Header, Bytes]:
-        """The header and the leading rows of a record, verified."""
+    def read(self, name: str, units: int, skip: int = 0) -> tuple[Header, Bytes]:
+        """The header and the leading rows of a record without the first `skip` ones, verified."""
         descriptor = self.files.open(self.directory / name)
         try:
             header = self._header(descriptor, name)
-            rows: Bytes = np.empty((units, header.row_bytes), np.uint8)
-            count = self.files.read(descriptor, rows.data.cast("B"), header.payload_offset)
+            rows: Bytes = np.empty((units - skip, header.row_bytes), np.uint8)
+            count = self.files.read(descriptor, rows.data.cast("B"), header.payload_offset + skip * header.row_bytes)
         finally:
             self.files.close(descriptor)
         if units > len(header.checksums) or count != rows.nbytes:
             raise RecordError(f"ends after {count:,} of {rows.nbytes:,} bytes")
-        header.check(rows)
+        header.check(rows, skip)
         return header, rows
 
     def read_header(self, name: str) -> Header:

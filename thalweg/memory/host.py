@@ -26,13 +26,13 @@ class HostTier:
     def find(self, digests: Sequence[bytes]) -> Found:
         return self._catalogue.find(digests)
 
-    def read_rows(self, piece: Piece) -> Bytes | None:
-        return self._read(piece.record, piece.units)
+    def read_rows(self, piece: Piece, skip: int = 0) -> Bytes | None:
+        return self._read(piece.record, skip, piece.units)
 
     def read_checkpoint(self, digest: bytes) -> Bytes | None:
         name = checkpoint_name(digest)
         self._catalogue.use({name: 1}, self._clock())
-        rows = self._read(name, 1)
+        rows = self._read(name, 0, 1)
         return None if rows is None else rows[0]
 
     def write(self, record: Record) -> bool:
@@ -85,12 +85,12 @@ class HostTier:
         self._records.clear()
         self._catalogue.close()
 
-    def _read(self, name: str, units: int) -> Bytes | None:
+    def _read(self, name: str, first: int, end: int) -> Bytes | None:
         record = self._records.get(name)
         if record is None:
             self._tally.add(misses=1)
             return None
-        rows = record.data[:units]
+        rows = record.data[first:end]
         self._tally.add(hits=1, read_bytes=rows.nbytes)
         return rows
 

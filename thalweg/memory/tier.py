@@ -58,8 +58,9 @@ class Tier(Protocol):
     def find(self, digests: Sequence[bytes]) -> Found:
         """How far a prompt is stored: `digests` of its units from the first one. Changes nothing."""
 
-    def read_rows(self, piece: Piece) -> Bytes | None:
-        """Verified rows, uint8 [piece.units, unit bytes], not to be written to; None: gone or damaged."""
+    def read_rows(self, piece: Piece, skip: int = 0) -> Bytes | None:
+        """Verified rows of a piece's units after the first `skip` ones, uint8 [piece.units - skip, unit bytes], not to
+        be written to; None: gone or damaged."""
 
     def read_checkpoint(self, digest: bytes) -> Bytes | None:
         """The verified checkpoint after a unit, uint8 [checkpoint bytes]; counts as a use of it. None: a miss."""

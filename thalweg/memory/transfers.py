@@ -73,10 +73,10 @@ class Transfers:
         _when_all_are_done(futures, lambda arrived: done(_result(arrived)))
 
     def _load_part(self, part: LoadPart) -> bool:
-        rows = self._tiers[part.tier].read_rows(part.piece)
+        rows = self._tiers[part.tier].read_rows(part.piece, part.skip)
         if rows is None or rows.shape[1] != self._packer.unit_bytes:
             return False
-        self._packer.unpack_units(rows[part.skip :], part.blocks)
+        self._packer.unpack_units(rows, part.blocks)
         return True
 
     def _load_checkpoint(self, job: LoadJob) -> bool:

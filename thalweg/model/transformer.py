@@ -82,7 +82,7 @@ class Model:
     def forward(self, step: StepInputs, cache: CacheRows) -> Tensor:
         """Logits fp32 [O, vocab] of the step's output rows; the rows of all its tokens are written to the cache."""
         tables = step_tables(step, self._window_frequencies, self._compressed_frequencies)
-        embedded = F.embedding(step.token_ids, self._weights["embed.weight"])
+        embedded = F.embedding(step.token_ids, self._weights["embed.weight"]).to(self.numerics.compute)
         streams = embedded.unsqueeze(1).repeat(1, self.config.hc_streams, 1)
         for block in self._blocks:
             streams = block.forward(streams, step, tables, cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thalweg.checkpoint.parameters import Precision, parameters
+from thalweg.checkpoint.parameters import Parameter, Precision, parameters
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Weight
 from thalweg.kernels.ops import Pack
@@ -31,7 +31,23 @@ class Weights:
         return self._pack(tensor if groups == 1 else tensor.unflatten(0, (groups, -1)))
 
 
-def allocate(config: ModelConfig, compute: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised tensors for every parameter, for a loader to fill in place."""
+def allocate(
+    config: ModelConfig, compute: torch.dtype, device: torch.device, narrow: frozenset[str] = frozenset()
+) -> dict[str, Tensor]:
+    """Uninitialised tensors for every parameter, for a loader to fill in place. Matrices named in `narrow` are kept in
+    bfloat16, for kernels that widen them as they multiply."""
     dtypes = {Precision.COMPUTE: compute, Precision.FLOAT32: torch.float32, Precision.INT64: torch.int64}
-    return {p.name: torch.empty(p.shape, dtype=dtypes[p.precision], device=device) for p in parameters(config)}
+    return {
+        p.name: torch.empty(
+            p.shape,
+            dtype=torch.bfloat16 if p.name in narrow and _is_matrix(p) else dtypes[p.precision],
+            device=device,
+        )
+        for p in parameters(config)
+    }
+
+
+def _is_matrix(parameter: Parameter) -> bool:
+    """Whether rows of it are multiplied or looked up, and nothing else."""
+    words = parameter.precision is Precision.INT64 or parameter.name.endswith(".ape")
+    return len(parameter.shape) > 1 and not words
