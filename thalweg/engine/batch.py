@@ -1,25 +1,43 @@
 """From a step plan to the model's inputs: the one place where token positions become slots.
 
-Everything is computed once per step with numpy and serves all layers; the model only gathers and scatters.
+Everything is computed once per step and serves all layers; the model only gathers and scatters. A decode step has a
+few hundred numbers of some twenty kinds, so they are written into one list and become one tensor, which is then split:
+arithmetic on many small arrays would take longer than the forward pass of a small model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from itertools import accumulate, chain
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from thalweg.cache.geometry import CacheGroupSpec
-from thalweg.cache.tables import SlidingTable
 from thalweg.config.model import ModelConfig
 from thalweg.engine.plan import SequencePlan, StepPlan
 from thalweg.kernels.arguments import Segments
 from thalweg.model.inputs import BlockLists, CompressorInputs, RowWrites, StepInputs
 
-Positions = npt.NDArray[np.int64]
+
+class _Numbers:
+    """Lists of whole numbers that will be tensors: `put` them all in order, then `take` them in the same order."""
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+        self._sizes: list[int] = []
+
+    def put(self, values: Iterable[int]) -> None:
+        before = len(self._values)
+        self._values.extend(values)
+        self._sizes.append(len(self._values) - before)
+
+    def tensors(self, device: torch.device) -> Iterator[Tensor]:
+        """int64, views of one tensor."""
+        whole = torch.from_numpy(np.array(self._values, np.int64)).to(device)
+        return iter(whole.split(self._sizes))
 
 
 class BatchBuilder:
@@ -29,130 +47,165 @@ class BatchBuilder:
         self._config = config
         self._device = device
         self._streams = {s.name: (spec, s) for spec in groups for s in spec.streams}
+        self._ratios = {"csa": config.csa_ratio, "hca": config.hca_ratio}
+        self._kinds = [kind for kind in ("csa", "hca") if kind in self._streams]
 
     def build(self, plan: StepPlan) -> StepInputs:
         """All inputs of one forward pass; its rows are the plan's tokens, sequence after sequence."""
         items = plan.sequences
-        offsets = _offsets([item.tokens for item in items])
-        tokens = np.concatenate([item.running.sequence.tokens[item.start : item.end] for item in items])
-        past = [self._slots("window", item, np.arange(self._past_start(item), item.start)) for item in items]
-        output = np.array([end - 1 for end, item in zip(offsets[1:], items, strict=True) if item.samples], np.int64)
-        sampling = Segments(_offsets([int(item.samples) for item in items]), tuple(item.end - 1 for item in items))
+        offsets = _offsets(item.tokens for item in items)
+        past = [self._slots("window", item, self._past_start(item), item.start) for item in items]
+        numbers = _Numbers()
+        numbers.put(chain.from_iterable(i.running.sequence.tokens[i.start : i.end].tolist() for i in items))
+        numbers.put(chain.from_iterable(range(item.start, item.end) for item in items))
+        numbers.put(end - 1 for end, item in zip(offsets[1:], items, strict=True) if item.samples)
+        numbers.put(chain.from_iterable(past))
+        self._put_writes(numbers, "window", items, offsets, [item.start for item in items])
+        for kind in self._kinds:
+            self._put_compressor(numbers, kind, items, offsets)
+        tensors = numbers.tensors(self._device)
         return StepInputs(
-            token_ids=self._tensor(tokens.astype(np.int64)),
-            positions=self._tensor(np.concatenate([np.arange(item.start, item.end) for item in items])),
+            token_ids=next(tensors),
+            positions=next(tensors),
             segments=Segments(offsets, tuple(item.start for item in items)),
-            output_rows=self._tensor(output),
-            output_segments=sampling,
-            past_slots=self._tensor(np.concatenate(past)),
-            past_offsets=_offsets([len(p) for p in past]),
-            window_writes=self._writes("window", items, offsets, [np.arange(i.start, i.end) for i in items]),
+            output_rows=next(tensors),
+            output_segments=Segments(_offsets(int(i.samples) for i in items), tuple(i.end - 1 for i in items)),
+            past_slots=next(tensors),
+            past_offsets=_offsets(len(p) for p in past),
+            window_writes=RowWrites(next(tensors), next(tensors)),
             blocks={name: self._blocks(name, items) for name in ("csa", "index", "hca") if name in self._streams},
-            csa=self._compressor("csa", self._config.csa_ratio, items, offsets) if "csa" in self._streams else None,
-            hca=self._compressor("hca", self._config.hca_ratio, items, offsets) if "hca" in self._streams else None,
+            csa=self._taken_compressor("csa", tensors),
+            hca=self._taken_compressor("hca", tensors),
         )
 
     def _past_start(self, item: SequencePlan) -> int:
         """First position before the step that its first token's window still sees; a replay begins without a window."""
         return max(item.running.cache.state_from, item.start - self._config.window + 1)
 
-    def _tensor(self, values: Positions) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(self._device)
-
     def _blocks(self, name: str, items: SequenceOf[SequencePlan]) -> BlockLists:
         spec, stream = self._streams[name]
         lists = [i.running.cache.growing[spec.group].ids(-(-i.end // spec.tokens_per_block)) for i in items]
-        return BlockLists(self._tensor(np.concatenate(lists)), _offsets([len(x) for x in lists]), stream.rows_per_block)
-
-    def _slots(self, name: str, item: SequencePlan, positions: Positions) -> Positions:
-        """Slots of the rows of a stream that hold these positions; -1 where the request keeps no block for them."""
-        spec, stream = self._streams[name]
-        blocks = self._block_ids(spec, item, positions // spec.tokens_per_block)
-        row = positions // stream.tokens_per_row % stream.rows_per_block
-        return np.where(blocks < 0, -1, blocks * stream.rows_per_block + row)
-
-    def _block_ids(self, spec: CacheGroupSpec, item: SequencePlan, numbers: Positions) -> Positions:
-        if len(numbers) == 0:
-            return numbers
-        if spec.compressed:
-            return item.running.cache.growing[spec.group].ids(int(numbers[-1]) + 1)[numbers]
-        return _sliding_ids(item.running.cache.sliding[spec.group], numbers)
-
-    def _writes(
-        self, name: str, items: SequenceOf[SequencePlan], offsets: tuple[int, ...], kept: SequenceOf[Positions]
-    ) -> RowWrites:
-        """Scatter of new rows: of each sequence the positions in `kept` that have a block."""
-        sources, slots = [], []
-        for item, offset, positions in zip(items, offsets, kept, strict=False):
-            found = self._slots(name, item, positions)
-            sources.append((positions - item.start + offset)[found >= 0])
-            slots.append(found[found >= 0])
-        return RowWrites(self._tensor(np.concatenate(sources)), self._tensor(np.concatenate(slots)))
-
-    def _compressor(
-        self, kind: str, ratio: int, items: SequenceOf[SequencePlan], offsets: tuple[int, ...]
-    ) -> CompressorInputs:
-        """Inputs of all compressors of one ratio; those of CSA layers overlap with the window before."""
-        overlap = kind == "csa"
-        own, pending = self._gather(f"pending_{kind}", items, offsets, ratio, 0)
-        positions = [_windows(i, ratio) * ratio for i in items]
-        streams = ("csa", "index") if overlap else ("hca",)
-        open_tokens = [np.arange(max(i.start, i.end // ratio * ratio), i.end) for i in items]
-        entries = {
-            name: self._tensor(np.concatenate([self._slots(name, i, p) for i, p in zip(items, positions, strict=True)]))
-            for name in streams
-        }
-        shared = {
-            "ratio": ratio,
-            "pending_slots": self._tensor(pending),
-            "own": self._tensor(own),
-            "positions": self._tensor(np.concatenate(positions)),
-            "entries": entries,
-            "pending_writes": self._writes(f"pending_{kind}", items, offsets, open_tokens),
-        }
-        if not overlap:
-            return CompressorInputs(**shared)  # type: ignore[arg-type]
-        previous, tail = self._gather("tail_csa", items, offsets, ratio, ratio)
-        every = [np.arange(i.start, i.end) for i in items]
-        return CompressorInputs(
-            **shared,  # type: ignore[arg-type]
-            tail_slots=self._tensor(tail),
-            previous=self._tensor(previous),
-            tail_writes=self._writes("tail_csa", items, offsets, every),
+        ids = lists[0] if len(lists) == 1 else np.concatenate(lists)
+        return BlockLists(
+            torch.from_numpy(ids).to(self._device), _offsets(len(x) for x in lists), stream.rows_per_block
         )
 
-    def _gather(
-        self, name: str, items: SequenceOf[SequencePlan], offsets: tuple[int, ...], ratio: int, behind: int
-    ) -> tuple[Positions, Positions]:
-        """Where the tokens of each finished window lie: [E, ratio] into cat(cached rows, new rows), and the cached
-        slots. `behind` shifts the window back by so many tokens; -1 stands for tokens before the sequence."""
-        cached, index = [], []
-        windows = [_windows(i, ratio)[:, None] * ratio - behind for i in items]
-        begin = [i.running.cache.state_from for i in items]
-        read = [
-            np.arange(max(b, i.start // ratio * ratio - behind), i.start) for i, b in zip(items, begin, strict=True)
-        ]
-        counts = _offsets([len(r) for r in read])
-        for place, (item, offset, old) in enumerate(zip(items, offsets, read, strict=False)):
-            cached.append(self._slots(name, item, old))
-            wanted = windows[place] + np.arange(ratio)[None, :]
-            new = wanted - item.start + offset + counts[-1]
-            in_cache = wanted - (item.start - len(old)) + counts[place]
-            index.append(np.where(wanted < begin[place], -1, np.where(wanted >= item.start, new, in_cache)))
-        return np.concatenate(index), np.concatenate(cached)
+    def _slots(self, name: str, item: SequencePlan, start: int, end: int) -> list[int]:
+        """Slots of the rows of a stream that hold the tokens [start, end), `start` the first of its row; -1 where the
+        request keeps no block for them."""
+        if start >= end:
+            return []
+        spec, stream = self._streams[name]
+        cache = item.running.cache
+        span, rows, step = spec.tokens_per_block, stream.rows_per_block, stream.tokens_per_row
+        slots: list[int] = []
+        for number in range(start // span, -(-end // span)):
+            places = range(max(start, number * span) // step, -(-min(end, (number + 1) * span) // step))
+            block = cache.growing[spec.group][number] if spec.compressed else cache.sliding[spec.group].get(number)
+            first = places.start % rows
+            if block < 0:
+                slots.extend([-1] * len(places))
+            elif first + len(places) <= rows:
+                slots.extend(range(block * rows + first, block * rows + first + len(places)))
+            else:
+                slots.extend(block * rows + place % rows for place in places)
+        return slots
+
+    def _put_writes(
+        self,
+        numbers: _Numbers,
+        name: str,
+        items: SequenceOf[SequencePlan],
+        offsets: tuple[int, ...],
+        begins: SequenceOf[int],
+    ) -> None:
+        """Scatter of new rows: of each sequence those from its `begin` on that have a block."""
+        sources: list[int] = []
+        slots: list[int] = []
+        for item, offset, begin in zip(items, offsets, begins, strict=False):
+            found = self._slots(name, item, begin, item.end)
+            places = range(begin - item.start + offset, item.end - item.start + offset)
+            if -1 in found:
+                sources.extend(place for place, slot in zip(places, found, strict=True) if slot >= 0)
+                slots.extend(slot for slot in found if slot >= 0)
+            else:
+                sources.extend(places)
+                slots.extend(found)
+        numbers.put(sources)
+        numbers.put(slots)
+
+    def _put_compressor(
+        self, numbers: _Numbers, kind: str, items: SequenceOf[SequencePlan], offsets: tuple[int, ...]
+    ) -> None:
+        """Inputs of all compressors of one ratio, in the order in which `_taken_compressor` takes them; those of CSA
+        layers overlap with the window before."""
+        ratio, overlap = self._ratios[kind], kind == "csa"
+        self._put_gather(numbers, f"pending_{kind}", items, offsets, ratio, 0)
+        windows = [_windows(item, ratio) for item in items]
+        numbers.put(chain.from_iterable(range(w.start * ratio, w.stop * ratio, ratio) for w in windows))
+        for name in ("csa", "index") if overlap else ("hca",):
+            numbers.put(
+                chain.from_iterable(
+                    self._slots(name, i, w.start * ratio, w.stop * ratio) for i, w in zip(items, windows, strict=True)
+                )
+            )
+        open_from = [max(item.start, item.end // ratio * ratio) for item in items]
+        self._put_writes(numbers, f"pending_{kind}", items, offsets, open_from)
+        if overlap:
+            self._put_gather(numbers, "tail_csa", items, offsets, ratio, ratio)
+            self._put_writes(numbers, "tail_csa", items, offsets, [item.start for item in items])
+
+    def _taken_compressor(self, kind: str, tensors: Iterator[Tensor]) -> CompressorInputs | None:
+        if kind not in self._kinds:
+            return None
+        ratio, overlap = self._ratios[kind], kind == "csa"
+        pending, own, positions = next(tensors), next(tensors).view(-1, ratio), next(tensors)
+        entries = {name: next(tensors) for name in (("csa", "index") if overlap else ("hca",))}
+        writes = RowWrites(next(tensors), next(tensors))
+        if not overlap:
+            return CompressorInputs(ratio, pending, own, positions, entries, writes)
+        tail, previous = next(tensors), next(tensors).view(-1, ratio)
+        return CompressorInputs(
+            ratio, pending, own, positions, entries, writes, tail, previous, RowWrites(next(tensors), next(tensors))
+        )
+
+    def _put_gather(
+        self,
+        numbers: _Numbers,
+        name: str,
+        items: SequenceOf[SequencePlan],
+        offsets: tuple[int, ...],
+        ratio: int,
+        behind: int,
+    ) -> None:
+        """The cached slots, then where the tokens of each finished window lie: [E, ratio] into cat(cached rows, new
+        rows). `behind` shifts the window back by so many tokens; -1 stands for tokens before the sequence."""
+        begins = [item.running.cache.state_from for item in items]
+        reads = [max(begin, item.start // ratio * ratio - behind) for begin, item in zip(begins, items, strict=True)]
+        counts = _offsets(max(0, item.start - read) for item, read in zip(items, reads, strict=True))
+        numbers.put(
+            chain.from_iterable(
+                self._slots(name, item, read, item.start) for item, read in zip(items, reads, strict=True)
+            )
+        )
+        places: list[int] = []
+        for n, (item, begin) in enumerate(zip(items, begins, strict=True)):
+            windows = _windows(item, ratio)
+            first, last = windows.start * ratio - behind, windows.stop * ratio - behind
+            absent, cached = min(max(begin, first), last), min(max(item.start, first), last)
+            in_cache = counts[n + 1] - item.start  # the cached rows of a sequence end with the token before the step
+            new = offsets[n] + counts[-1] - item.start
+            places.extend([-1] * (absent - first))
+            places.extend(range(absent + in_cache, cached + in_cache))
+            places.extend(range(max(absent, cached) + new, last + new))
+        numbers.put(places)
 
 
-def _windows(item: SequencePlan, ratio: int) -> Positions:
+def _windows(item: SequencePlan, ratio: int) -> range:
     """The compression windows that this step completes and writes: not those whose rows a replay finds cached."""
     first = max(item.start, item.running.cache.rows_from)
-    return np.arange(first // ratio, max(first, item.end) // ratio)
+    return range(first // ratio, max(first, item.end) // ratio)
 
 
-def _offsets(counts: SequenceOf[int]) -> tuple[int, ...]:
-    return tuple(np.concatenate([[0], np.cumsum(counts)]).astype(int).tolist())
-
-
-def _sliding_ids(table: SlidingTable, numbers: Positions) -> Positions:
-    first = int(numbers[0])
-    lookup = np.array([table.get(n) for n in range(first, int(numbers[-1]) + 1)], np.int64)
-    return lookup[numbers - first]
+def _offsets(counts: Iterable[int]) -> tuple[int, ...]:
+    return (0, *accumulate(counts))
