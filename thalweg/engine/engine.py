@@ -34,6 +34,7 @@ from thalweg.metrics.prometheus import TierGauges
 from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, TokenEvent
 
 _log = logging.getLogger("thalweg.engine")
+_STATUS_SECONDS = 0.02  # between two snapshots while requests run: one takes as long as a layer of a small model
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A snapshot, taken between two steps."""
+    """A snapshot, taken between two steps, when the engine's clock showed `seconds`."""
 
+    seconds: float
     running: int
     waiting: int
     groups: tuple[GroupUsage, ...]
@@ -181,7 +183,8 @@ class Engine:
         try:
             while self._take_inbox():
                 self._guarded_step()
-                self._status = self._snapshot()
+                if not self._scheduler.running or self._clock() - self._status.seconds >= _STATUS_SECONDS:
+                    self._status = self._snapshot()
             self._end_all(UnavailableError("the engine was stopped"))
         except Exception as error:
             _log.exception("the engine stopped working")
@@ -354,7 +357,9 @@ class Engine:
             **{f"checkpoints_{reason.name.lower()}": n for reason, n in coordinator.checkpoints_made.items()},
         }
         running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
-        return EngineStatus(running, waiting, coordinator.usage(), counters, not self._closing, self._failure)
+        return EngineStatus(
+            self._clock(), running, waiting, coordinator.usage(), counters, not self._closing, self._failure
+        )
 
 
 def _gauges(name: str, usage: TierUsage) -> TierGauges:
