@@ -1,4 +1,4 @@
-"""The same weights and tokens in transformers and here: `python -m benchmarks.transformers_race OUT.jsonl [--lengths N]`.
+"""The same weights and tokens in transformers and here: `python -m benchmarks.transformers_race OUT.jsonl`.
 
 transformers reads the prompt in chunks of 512 tokens (one pass over all of it runs out of 16 GiB at 16K), then both
 decode greedily. One JSON line per length, with the CPU seconds and wall seconds of each, and whether the greedy tokens
