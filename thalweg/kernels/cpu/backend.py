@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from thalweg.kernels.cpu import hyper_connection, linear, moe
+from thalweg.kernels.cpu import hyper_connection, linear, moe, norm, rotary
 from thalweg.kernels.cpu.library import Library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
@@ -18,7 +18,10 @@ def cpu_kernels(library: Library) -> Kernels:
         pack=partial(linear.pack, library),
         linear=partial(linear.linear, library),
         grouped_linear=partial(linear.grouped_linear, library),
+        rms_norm=partial(norm.rms_norm, library),
+        rotate=partial(rotary.rotate, library),
         mix_in=partial(hyper_connection.mix_in, library),
+        mix_out=partial(hyper_connection.mix_out, library),
         mix_head=partial(hyper_connection.mix_head, library),
         experts=partial(moe.experts, library),
     )

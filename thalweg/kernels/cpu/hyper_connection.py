@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 
 from thalweg.kernels.arguments import Weight
-from thalweg.kernels.cpu.library import Library
-from thalweg.kernels.cpu.linear import linear
-from thalweg.kernels.deterministic.hyper_connection import _collapsed
-from thalweg.kernels.deterministic.sums import sigmoid
-from thalweg.kernels.reference.hyper_connection import doubly_stochastic
+from thalweg.kernels.cpu.library import Library, address, wide
 
-
-def _projected(library: Library, streams: Tensor, fn: Weight, norm_eps: float) -> Tensor:
-    v = streams.flatten(1).float()
-    mean_square = v.square().view(streams.shape).mean(-1).mean(-1, keepdim=True)
-    return linear(library, v, fn) * torch.rsqrt(mean_square + norm_eps)
+MOST_STREAMS = 8  # more than any model has; there is a loop for each number
 
 
 def mix_in(
@@ -29,15 +21,39 @@ def mix_in(
     eps: float,
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n = streams.shape[1]
-    z = _projected(library, streams, fn, norm_eps)
-    pre = sigmoid(z[:, :n] * scale[0] + base[:n]) + eps
-    post = 2 * sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
-    comb = doubly_stochastic((z[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n)), eps, iterations)
-    return _collapsed(streams, pre), post, comb
+    streams = _known(streams)
+    tokens, n, hidden = streams.shape
+    x, post, comb = torch.empty((tokens, hidden)), torch.empty((tokens, n)), torch.empty((tokens, n, n))
+    library.mix_in(
+        address(streams), tokens, n, hidden, address(fn.data), fn.data.dtype is torch.bfloat16, address(base),
+        address(scale), norm_eps, eps, iterations, address(x), address(post), address(comb), library.threads,
+    )  # fmt: skip
+    return x, post, comb
+
+
+def mix_out(library: Library, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    y, streams, post, comb = wide(y), _known(streams), wide(post), wide(comb)
+    tokens, n, hidden = streams.shape
+    out = torch.empty(streams.shape)
+    library.mix_out(
+        address(y), address(streams), tokens, n, hidden, address(post), address(comb), address(out), library.threads
+    )
+    return out
 
 
 def mix_head(
     library: Library, streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps: float, eps: float
 ) -> Tensor:
-    return _collapsed(streams, sigmoid(_projected(library, streams, fn, norm_eps) * scale + base) + eps)
+    streams = _known(streams)
+    tokens, n, hidden = streams.shape
+    x = torch.empty((tokens, hidden))
+    library.mix_head(
+        address(streams), tokens, n, hidden, address(fn.data), fn.data.dtype is torch.bfloat16, address(base),
+        address(scale), norm_eps, eps, address(x),
+    )  # fmt: skip
+    return x
+
+
+def _known(streams: Tensor) -> Tensor:
+    assert 1 <= streams.shape[1] <= MOST_STREAMS, f"no compiled loop over {streams.shape[1]} streams"
+    return wide(streams)

@@ -30,6 +30,23 @@ inline floats all(float x) { return floats{} + x; }
 inline floats max(floats a, floats b) { return a > b ? a : b; }
 inline floats min(floats a, floats b) { return a < b ? a : b; }
 
+// The first `count` elements of a vector, zeros after them; and back. The tail of a loop computes what its body does.
+inline floats load_some(const float* from, long count) {
+    if (count >= LANES) return load(from);
+    float part[LANES] = {};
+    memcpy(part, from, 4 * count);
+    return load(part);
+}
+inline void store_some(float* to, floats v, long count) {
+    if (count >= LANES) {
+        store(to, v);
+        return;
+    }
+    float part[LANES];
+    store(part, v);
+    memcpy(to, part, 4 * count);
+}
+
 // Columns i and LANES + i of a panel row lie beside each other where elements are bfloat16: one load, no shuffle.
 inline void load_pair(const float* from, floats& low, floats& high) {
     low = load(from);

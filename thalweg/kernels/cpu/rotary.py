@@ -1,0 +1,22 @@
+"""Rotary embedding of the last channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thalweg.kernels.cpu.library import Library, address, wide
+from thalweg.kernels.reference import rotary
+
+
+def rotate(library: Library, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.dtype is not torch.float32:
+        return rotary.rotate(x, cos, sin)
+    x, cos, sin = x.contiguous(), wide(cos), wide(sin)
+    out = torch.empty(x.shape)
+    tokens, width = x.shape[0], x.shape[-1]
+    heads = x.numel() // max(1, tokens * width)
+    library.rotate(
+        address(x), address(cos), address(sin), tokens, heads, width, cos.shape[1], address(out), library.threads
+    )
+    return out
