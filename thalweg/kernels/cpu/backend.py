@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from thalweg.kernels.cpu import hyper_connection, linear, moe, norm, rotary
+from thalweg.kernels.cpu import attention, hyper_connection, linear, moe, norm, rotary
 from thalweg.kernels.cpu.library import Library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
@@ -23,5 +23,6 @@ def cpu_kernels(library: Library) -> Kernels:
         mix_in=partial(hyper_connection.mix_in, library),
         mix_out=partial(hyper_connection.mix_out, library),
         mix_head=partial(hyper_connection.mix_head, library),
+        attention=partial(attention.attention, library),
         experts=partial(moe.experts, library),
     )

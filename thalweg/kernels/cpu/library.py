@@ -17,6 +17,7 @@ _FOLDER = Path(__file__).parent
 _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 # p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
 SIGNATURES = {
+    "attention": "ppppnnnnpnnnppnnnpnnpnpn",
     "linear": "pnnpnnnpn",
     "rms_norm": "ppnnfpn",
     "rotate": "pppnnnnpn",
