@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from thalweg.kernels.cpu import hyper_connection, linear, moe
+from thalweg.kernels.cpu import hyper_connection, indexer, linear, moe
 from thalweg.kernels.cpu.library import Library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
@@ -20,5 +20,6 @@ def cpu_kernels(library: Library) -> Kernels:
         grouped_linear=partial(linear.grouped_linear, library),
         mix_in=partial(hyper_connection.mix_in, library),
         mix_head=partial(hyper_connection.mix_head, library),
+        index_topk=partial(indexer.index_topk, library),
         experts=partial(moe.experts, library),
     )
