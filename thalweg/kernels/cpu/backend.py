@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from thalweg.kernels.cpu import attention, hyper_connection, linear, moe, norm, rotary
+from thalweg.kernels.cpu import attention, hyper_connection, indexer, linear, moe, norm, rotary
 from thalweg.kernels.cpu.library import Library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
@@ -24,5 +24,6 @@ def cpu_kernels(library: Library) -> Kernels:
         mix_out=partial(hyper_connection.mix_out, library),
         mix_head=partial(hyper_connection.mix_head, library),
         attention=partial(attention.attention, library),
+        index_topk=partial(indexer.index_topk, library),
         experts=partial(moe.experts, library),
     )

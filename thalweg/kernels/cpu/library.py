@@ -24,6 +24,7 @@ SIGNATURES = {
     "mix_in": "pnnnpnppffnpppn",
     "mix_out": "ppnnnpppn",
     "mix_head": "pnnnpnppffp",
+    "index_topk": "ppnnpnnpnpnnnpn",
 }
 
 
