@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from thalweg.kernels.cpu import hyper_connection, linear, moe
+from thalweg.kernels.cpu import compressor, hyper_connection, linear, moe, quantize, rows
 from thalweg.kernels.cpu.library import Library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
@@ -20,5 +20,13 @@ def cpu_kernels(library: Library) -> Kernels:
         grouped_linear=partial(linear.grouped_linear, library),
         mix_in=partial(hyper_connection.mix_in, library),
         mix_head=partial(hyper_connection.mix_head, library),
+        compress=partial(compressor.compress, library),
+        route=partial(moe.route, library),
+        swiglu=partial(moe.swiglu, library),
         experts=partial(moe.experts, library),
+        round_kv=partial(quantize.round_kv, library),
+        round_index=partial(quantize.round_index, library),
+        round_index_fp8=partial(quantize.round_index_fp8, library),
+        store_rows=partial(rows.store_rows, library),
+        read_rows=partial(rows.read_rows, library),
     )

@@ -18,6 +18,13 @@ _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 # p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
 SIGNATURES = {
     "linear": "pnnpnnnpn",
+    "route": "ppnnnfnppn",
+    "swiglu": "ppnfpn",
+    "experts": "pppnnnpnpnnnfpn",
+    "compress": "ppnnnppnpn",
+    "store_rows": "pnnppnnnnn",
+    "read_rows": "pnpnnnnpn",
+    "round_rows": "pnnnnpn",
 }
 
 
