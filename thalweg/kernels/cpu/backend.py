@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from thalweg.kernels.cpu import attention, hyper_connection, indexer, linear, moe, norm, rotary
+from thalweg.kernels.cpu import (
+    attention,
+    compressor,
+    hyper_connection,
+    indexer,
+    linear,
+    moe,
+    norm,
+    quantize,
+    rotary,
+    rows,
+)
 from thalweg.kernels.cpu.library import Library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
@@ -25,5 +36,13 @@ def cpu_kernels(library: Library) -> Kernels:
         mix_head=partial(hyper_connection.mix_head, library),
         attention=partial(attention.attention, library),
         index_topk=partial(indexer.index_topk, library),
+        compress=partial(compressor.compress, library),
+        route=partial(moe.route, library),
+        swiglu=partial(moe.swiglu, library),
         experts=partial(moe.experts, library),
+        round_kv=partial(quantize.round_kv, library),
+        round_index=partial(quantize.round_index, library),
+        round_index_fp8=partial(quantize.round_index_fp8, library),
+        store_rows=partial(rows.store_rows, library),
+        read_rows=partial(rows.read_rows, library),
     )

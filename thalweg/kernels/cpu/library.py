@@ -25,6 +25,13 @@ SIGNATURES = {
     "mix_out": "ppnnnpppn",
     "mix_head": "pnnnpnppffp",
     "index_topk": "ppnnpnnpnpnnnpn",
+    "route": "ppnnnfnppn",
+    "swiglu": "ppnfpn",
+    "experts": "pppnnnpnpnnnfpn",
+    "compress": "ppnnnppnpn",
+    "store_rows": "pnnppnnnnn",
+    "read_rows": "pnpnnnnpn",
+    "round_rows": "pnnnnpn",
 }
 
 
