@@ -35,8 +35,13 @@ class Compressor:
     def __init__(
         self, weights: Weights, layer: int, streams: CompressorStreams, norm_eps: float, kernels: Kernels
     ) -> None:
-        self._wkv, self._wgate = weights.matrix("wkv.weight"), weights.matrix("wgate.weight")
-        self._ape, self._norm = weights["ape"], weights["norm.weight"]
+        halves = 1 if streams.tail is None else 2
+        value, gate = weights.take("wkv.weight").chunk(halves), weights.take("wgate.weight").chunk(halves)
+        # One product gives the rows of the cache as they are kept: value and gate for the next entry, then for the own.
+        self._projection = kernels.pack(torch.cat([part for half in zip(value, gate, strict=True) for part in half]))
+        ape = weights.take("ape").chunk(halves, 1)
+        self._ape = torch.cat([part for half in ape for part in (torch.zeros_like(half), half)], 1)
+        self._norm = weights["norm.weight"]
         self._layer = layer
         self._streams = streams
         self._eps = norm_eps
@@ -47,29 +52,25 @@ class Compressor:
 
         phase [T] is each token's position mod m; `angles` are those of the entries' first tokens.
         """
-        wide = x.float()
-        value = self._kernels.linear(wide, self._wkv)
-        gate = self._kernels.linear(wide, self._wgate) + self._ape[phase]
         tail = self._streams.tail
-        if tail is None:
-            own = torch.cat([value, gate], -1)
-            rows = self._with_cached(self._streams.pending, step.pending_slots, own, cache)
-            pooled = self._kernels.compress(rows, step.own)
-        else:
-            next_value, own_value = value.chunk(2, -1)
-            next_gate, own_gate = gate.chunk(2, -1)
-            own, following = torch.cat([own_value, own_gate], -1), torch.cat([next_value, next_gate], -1)
-            assert step.tail_slots is not None and step.previous is not None and step.tail_writes is not None
-            pooled = self._kernels.compress(
-                self._with_cached(self._streams.pending, step.pending_slots, own, cache),
-                step.own,
-                self._with_cached(tail, step.tail_slots, following, cache),
-                step.previous,
-            )
+        rows = self._kernels.linear(x.float(), self._projection) + self._ape[phase]
+        following, own = rows.chunk(2, -1) if tail is not None else (rows, rows)
+        pooled = self._pooled(own, following, step, cache)
+        if tail is not None and step.tail_writes is not None:
             write_rows(cache.rows(tail, self._layer), step.tail_writes, following)
         write_rows(cache.rows(self._streams.pending, self._layer), step.pending_writes, own)
         normed = self._kernels.rms_norm(pooled.to(x.dtype), self._norm, self._eps)
         return self._kernels.rotate(normed, angles.cos, angles.sin)
+
+    def _pooled(self, own: Tensor, following: Tensor, step: CompressorInputs, cache: CacheRows) -> Tensor:
+        if len(step.own) == 0:  # most decode steps
+            return own.new_empty((0, own.shape[1] // 2))
+        rows = self._with_cached(self._streams.pending, step.pending_slots, own, cache)
+        if self._streams.tail is None:
+            return self._kernels.compress(rows, step.own)
+        assert step.tail_slots is not None, "windows overlap, and nothing says with what"
+        before = self._with_cached(self._streams.tail, step.tail_slots, following, cache)
+        return self._kernels.compress(rows, step.own, before, step.previous)
 
     def _with_cached(self, stream: str, slots: Tensor, new: Tensor, cache: CacheRows) -> Tensor:
         return torch.cat([cache.rows(stream, self._layer)[slots], new])

@@ -25,9 +25,13 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
 
+    def take(self, name: str) -> Tensor:
+        """A tensor that is needed in another form only."""
+        return self._tensors.pop(self._prefix + name)
+
     def matrix(self, name: str, groups: int = 1) -> Weight:
         """Take a matrix out, in the form in which the backend multiplies by it: the plain tensor is let go."""
-        tensor = self._tensors.pop(self._prefix + name)
+        tensor = self.take(name)
         return self._pack(tensor if groups == 1 else tensor.unflatten(0, (groups, -1)))
 
 

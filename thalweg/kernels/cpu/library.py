@@ -6,9 +6,9 @@ import ctypes
 import platform
 from collections.abc import Callable
 from ctypes import c_float, c_long, c_void_p
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,24 +47,25 @@ class LibraryMissing(Exception):
     """Why there are no compiled kernels; the text is for the user."""
 
 
-@dataclass(frozen=True, slots=True)
 class Library:
-    """One loaded library. `lanes` are the floats of its vectors."""
+    """One loaded library, with a function for each of SIGNATURES. `lanes` are the floats of its vectors."""
 
-    level: Level
-    lanes: int
-    functions: dict[str, Callable[..., None]]
+    def __init__(self, level: Level, shared: ctypes.CDLL) -> None:
+        self.level = level
+        self.lanes: int = shared.thalweg_lanes()
+        for name, types in SIGNATURES.items():
+            function = getattr(shared, f"thalweg_{name}")
+            function.argtypes, function.restype = [_TYPES[letter] for letter in types], None
+            setattr(self, name, function)  # found without a detour: a decode step calls them a hundred times
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., None]: ...
 
     @property
     def threads(self) -> int:
         """How many a kernel may use."""
         return torch.get_num_threads()
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        try:
-            return self.functions[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 def built_levels() -> tuple[Level, ...]:
@@ -86,13 +87,7 @@ def load_library(level: Level | None = None) -> Library:
         why = f"this processor has no {level.value}" if _path(level).exists() else "it was not built"
         raise LibraryMissing(f"no {level.value} kernels: {why}")
     chosen = level or usable[-1]
-    shared = _open(chosen)
-    functions = {}
-    for name, types in SIGNATURES.items():
-        function = getattr(shared, f"thalweg_{name}")
-        function.argtypes, function.restype = [_TYPES[letter] for letter in types], None
-        functions[name] = function
-    return Library(chosen, shared.thalweg_lanes(), functions)
+    return Library(chosen, _open(chosen))
 
 
 def address(tensor: Tensor | None) -> int:
@@ -105,6 +100,8 @@ def address(tensor: Tensor | None) -> int:
 
 def wide(tensor: Tensor) -> Tensor:
     """fp32 and contiguous; the tensor itself if it is both already."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.to(torch.float32).contiguous()
 
 
