@@ -17,7 +17,9 @@ _FOLDER = Path(__file__).parent
 _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 # p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
 SIGNATURES = {
+    "arithmetic": "npn",
     "linear": "pnnpnnnpn",
+    "reading": "pnpn",
 }
 
 
