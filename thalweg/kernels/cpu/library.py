@@ -19,7 +19,7 @@ _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 SIGNATURES = {
     "arithmetic": "npn",
     "linear": "pnnpnnnpn",
-    "reading": "pnpn",
+    "reading": "pnnpn",
 }
 
 

@@ -32,15 +32,17 @@ void thalweg_arithmetic(long rounds, float* result, long threads) {
     result[1] = CHAINS * LANES;
 }
 
-// Reads `count` floats, a multiple of 128, in one piece per thread.
-void thalweg_reading(const float* data, long count, float* result, long threads) {
+// Reads `count` floats, a multiple of 128, in one piece per thread, `rounds` times over.
+void thalweg_reading(const float* data, long count, long rounds, float* result, long threads) {
 #pragma omp parallel num_threads((int)threads)
     {
         floats sums[8] = {};
-#pragma omp for schedule(static)
-        for (long from = 0; from < count; from += STEP) {
+        for (long round = 0; round < rounds; round++) {
+#pragma omp for schedule(static) nowait
+            for (long from = 0; from < count; from += STEP) {
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) sums[i] += load(data + from + i * LANES);
+                for (int i = 0; i < 8; i++) sums[i] += load(data + from + i * LANES);
+            }
         }
         floats total{};
         for (int i = 0; i < 8; i++) total += sums[i];
