@@ -1,4 +1,4 @@
-"""Tiers below the device in /metrics."""
+"""Tiers below the device, and kernels, in /metrics."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def test_every_tier_has_its_bytes_records_and_counters() -> None:
 
 def test_without_tiers_there_is_nothing_to_show() -> None:
     assert samples(()) == {}
+
+
+def test_the_backend_of_every_op_is_named() -> None:
+    gauges = EngineGauges(0, 0, (), {}, kernels={"linear": "cpu-avx2", "rotate": "reference"})
+    text = RequestMetrics(lambda: gauges).exposition().decode()
+    assert 'thalweg_kernel_backend_info{backend="cpu-avx2",op="linear"} 1.0' in text
+    assert text.count("thalweg_kernel_backend_info{") == 2

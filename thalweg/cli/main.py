@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, new_model, serve
+from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, serve
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("new-model")(new_model.new_model)
 app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(cache.app, name="cache")
+app.add_typer(kernels.app, name="kernels")
 
 
 def _version(wanted: bool) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 
 def output() -> Console:
@@ -28,3 +31,15 @@ def weights_progress() -> Iterator[Callable[[int, int], None]]:
     with bar() as progress:
         task = progress.add_task("loading weights")
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for a person; where the output is piped, lines of tab-separated cells under the columns' names."""
+    if not sys.stdout.isatty():
+        for line in (columns, *rows):
+            print("\t".join(line))
+        return
+    table = Table(*columns, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    output().print(table)

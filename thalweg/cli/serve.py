@@ -128,5 +128,7 @@ def _print_report(runtime: Runtime) -> None:
     console.print(
         f"cache holds {plan.token_capacity:,} tokens; sequences of tokens that fit at once: {fits}", soft_wrap=True
     )
+    if runtime.kernel_set.missing:
+        console.print(f"no compiled kernels: {runtime.kernel_set.missing}; torch computes, slower", soft_wrap=True)
     for (backend, reason), ops in kernels.items():
         console.print(f"kernels: {backend} ({reason}): {', '.join(ops)}", soft_wrap=True)

@@ -28,12 +28,13 @@ class KernelChoice:
 @dataclass(frozen=True, slots=True)
 class KernelSet:
     """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `narrow`: weights may stay
-    in bfloat16 under fp32 activations."""
+    in bfloat16 under fp32 activations. `missing`: why there are no compiled kernels where a device could have them."""
 
     kernels: Kernels
     choices: tuple[KernelChoice, ...]
     exact: bool = False
     narrow: bool = False
+    missing: str = ""
 
 
 def select_kernels(
@@ -91,4 +92,4 @@ def _plain(device: torch.device, deterministic: bool, missing: str) -> KernelSet
             choices.append(KernelChoice(field.name, "reference", "each row is computed by itself already"))
         else:
             choices.append(KernelChoice(field.name, "deterministic", "as set: bits of a row depend on that row alone"))
-    return KernelSet(kernels, tuple(choices), exact=deterministic)
+    return KernelSet(kernels, tuple(choices), exact=deterministic, missing=missing if device.type == "cpu" else "")

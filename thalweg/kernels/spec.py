@@ -113,9 +113,11 @@ OPS: tuple[OpSpec, ...] = (
         "index_topk",
         "sum_h w_h relu(q_h . key), the k best; ties to the lowest entry",
         0.0,
-        ("queries", "heads", "width", "entries", "k", "element", "row_bytes"),
+        ("queries", "heads", "width", "entries", "distinct_rows", "k", "element", "row_bytes"),
         lambda s: s["queries"] * s["entries"] * s["heads"] * (2 * s["width"] + 3),
-        lambda s: s["queries"] * (s["heads"] * s["width"] * s["element"] + 8 * s["k"]) + s["entries"] * s["row_bytes"],
+        lambda s: (
+            s["queries"] * (s["heads"] * s["width"] * s["element"] + 8 * s["k"]) + s["distinct_rows"] * s["row_bytes"]
+        ),
     ),
     OpSpec(
         "attention",

@@ -7,7 +7,7 @@ meaning is the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -50,13 +50,14 @@ class TierGauges:
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """What the engine says of itself at the moment of a scrape."""
+    """What the engine says of itself at the moment of a scrape. `kernels` is the backend of each op."""
 
     running: int
     waiting: int
     pools: tuple[PoolGauges, ...]
     counters: Mapping[str, float]
     tiers: tuple[TierGauges, ...] = ()
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,12 @@ class EngineCollector(Collector):
                 family.add_metric([pool.group], getattr(pool, name))
             yield family
         yield from _tier_metrics(now.tiers)
+        backends = GaugeMetricFamily(
+            "thalweg_kernel_backend_info", "1 for the backend that computes an op.", labels=["op", "backend"]
+        )
+        for labels in now.kernels.items():
+            backends.add_metric(labels, 1)
+        yield backends
         for name, value in now.counters.items():
             if name != "preemptions":
                 yield CounterMetricFamily(f"thalweg_engine_{name}", f"Engine counter {name}.", value=value)

@@ -117,4 +117,6 @@ class Service:
             )
             for g in status.groups
         )
-        return EngineGauges(status.running, status.waiting, pools, status.counters, self.runtime.engine.tiers())
+        kernels = {choice.op: choice.backend for choice in self.runtime.kernel_set.choices}
+        tiers = self.runtime.engine.tiers()
+        return EngineGauges(status.running, status.waiting, pools, status.counters, tiers, kernels)

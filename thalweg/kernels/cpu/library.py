@@ -17,21 +17,23 @@ _FOLDER = Path(__file__).parent
 _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 # p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
 SIGNATURES = {
+    "arithmetic": "npn",
     "attention": "ppppnnnnpnnnppnnnpnnpnpn",
+    "compress": "ppnnnppnpn",
+    "experts": "pppnnnpnpnnnfpn",
+    "index_topk": "ppnnpnnpnpnnnpn",
     "linear": "pnnpnnnpn",
-    "rms_norm": "ppnnfpn",
-    "rotate": "pppnnnnpn",
+    "mix_head": "pnnnpnppffp",
     "mix_in": "pnnnpnppffnpppn",
     "mix_out": "ppnnnpppn",
-    "mix_head": "pnnnpnppffp",
-    "index_topk": "ppnnpnnpnpnnnpn",
-    "route": "ppnnnfnppn",
-    "swiglu": "ppnfpn",
-    "experts": "pppnnnpnpnnnfpn",
-    "compress": "ppnnnppnpn",
-    "store_rows": "pnnppnnnnn",
     "read_rows": "pnpnnnnpn",
+    "reading": "pnnpn",
+    "rms_norm": "ppnnfpn",
+    "rotate": "pppnnnnpn",
     "round_rows": "pnnnnpn",
+    "route": "ppnnnfnppn",
+    "store_rows": "pnnppnnnnn",
+    "swiglu": "ppnfpn",
 }
 
 

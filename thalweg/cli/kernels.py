@@ -1,0 +1,427 @@
+"""`thalweg kernels`: which kernels there are, which are chosen and why, whether they are right, and how fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from thalweg.cli import engine_flags as flags
+from thalweg.cli.progress import bar, output, print_table
+from thalweg.errors import ConfigError, nearest
+from thalweg.kernels.spec import OPS, OpSpec
+
+if TYPE_CHECKING:
+    from thalweg.kernels.backends import Backend
+    from thalweg.kernels.cases.case import Case
+    from thalweg.kernels.cpu.ceilings import Ceilings
+    from thalweg.kernels.measurement import Contender
+    from thalweg.kernels.registry import KernelChoice, KernelSet
+    from thalweg.kernels.verification import Verdict
+
+app = typer.Typer(help="The kernels: list, explain, verify, bench.", no_args_is_help=True)
+
+Ops = Annotated[list[str] | None, typer.Argument(help="Names of ops as `list` shows them; all if left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Model = Annotated[str, typer.Option("--shape", help="default, race or flash: the model whose shapes are taken.")]
+_COMPILED = "cpu-"
+
+
+@app.command("list")
+def list_(json_: Json = False) -> None:
+    """Every op with the backends that have one of their own, and every backend with why it is missing."""
+    from thalweg.kernels.backends import every_backend
+
+    backends = every_backend()
+    chosen = {choice.op: choice.backend for choice in _chosen({}).choices}
+    own = {backend.name: backend.own_ops() if backend.kernels is not None else () for backend in backends}
+    if json_:
+        print(json.dumps({"ops": [_op_facts(spec, own, chosen) for spec in OPS], "backends": _facts(backends)}))
+        return
+    columns = ["op", *own]
+    rows = [[s.name, *(_cell(s.name in ops, name == chosen[s.name]) for name, ops in own.items())] for s in OPS]
+    print_table(columns, rows)
+    print_table(["backend", "usable", "about"], [[b.name, _yes(b.kernels is not None), _about(b)] for b in backends])
+
+
+def _op_facts(spec: OpSpec, own: dict[str, tuple[str, ...]], chosen: dict[str, str]) -> dict[str, Any]:
+    backends = [name for name, ops in own.items() if spec.name in ops]
+    return {
+        "op": spec.name,
+        "computes": spec.computes,
+        "tolerance": spec.tolerance,
+        "backends": backends,
+        "chosen": chosen[spec.name],
+    }
+
+
+def _facts(backends: Sequence[Backend]) -> list[dict[str, Any]]:
+    return [
+        {
+            "backend": backend.name,
+            "usable": backend.kernels is not None,
+            "why_not": backend.missing or None,
+            "rows_keep_their_bits": backend.exact,
+        }
+        for backend in backends
+    ]
+
+
+def _cell(own: bool, chosen: bool) -> str:
+    return "chosen" if chosen else "yes" if own else "-"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _about(backend: Backend) -> str:
+    if backend.kernels is None:
+        return backend.missing
+    if not backend.exact:
+        return "plain torch on any device"
+    threads = "any number of threads" if backend.any_threads else "a given number of threads"
+    return f"a row's bits depend on that row alone, with {threads}"
+
+
+@app.command("explain")
+def explain(
+    op: Annotated[str | None, typer.Argument(help="One op, with its costs; all, with the choice, if left out.")] = None,
+    config: flags.ConfigFile = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    kernels: flags.KernelBackend = None,
+    deterministic: flags.Deterministic = None,
+    shape: Model = "default",
+    json_: Json = False,
+) -> None:
+    """Which backend computes an op under these engine flags and why; what the op is, may err and costs."""
+    given = {"device": device, "dtype": dtype, "kernels": kernels, "deterministic": deterministic, "config": config}
+    (spec,) = _specs([op]) if op is not None else (None,)
+    model = _model(shape)
+    choices = {choice.op: choice for choice in _chosen(given).choices}
+    if spec is None:
+        _print_choices(choices, json_)
+        return
+    from thalweg.kernels.cases.workloads import workloads
+
+    cases = [case for case in workloads(model) if case.op == spec.name]
+    facts = {
+        "op": spec.name,
+        "backend": choices[spec.name].backend,
+        "why": choices[spec.name].reason,
+        "computes": spec.computes,
+        "contract": _contract(spec.name),
+        "tolerance": spec.tolerance,
+    }
+    costs = [
+        {"shape": c.shape, "sizes": dict(c.sizes), "flops": spec.flops(c.sizes), "bytes": spec.bytes(c.sizes)}
+        for c in cases
+    ]
+    if json_:
+        print(json.dumps(facts | {"model": shape, "costs": costs}))
+    else:
+        _print_explained(facts, costs)
+
+
+def _print_choices(choices: dict[str, KernelChoice], as_json: bool) -> None:
+    columns = ("op", "backend", "why", "computes")
+    rows = [(spec.name, choices[spec.name].backend, choices[spec.name].reason, spec.computes) for spec in OPS]
+    if as_json:
+        print(json.dumps({"ops": [dict(zip(columns, row, strict=True)) for row in rows]}))
+    else:
+        print_table(columns, rows)
+
+
+def _print_explained(facts: dict[str, Any], costs: list[dict[str, Any]]) -> None:
+    console = output()
+    exact = "exact" if facts["tolerance"] == 0 else f"{facts['tolerance']:g} from the float64 result at the most"
+    for name, text in (
+        (facts["op"], facts["computes"]),
+        ("backend", f"{facts['backend']} ({facts['why']})"),
+        ("tolerance", exact),
+        ("contract", facts["contract"]),
+    ):
+        console.print(f"{name}: {text}", markup=False, soft_wrap=True)
+    rows = [
+        [
+            cost["shape"],
+            f"{cost['flops'] / 1e6:,.3f}",
+            f"{cost['bytes'] / 1e6:,.3f}",
+            f"{cost['flops'] / cost['bytes']:,.2f}",
+            " ".join(f"{name}={value}" for name, value in cost["sizes"].items()),
+        ]
+        for cost in costs
+    ]
+    print_table(["shape", "MFLOP", "MB", "FLOP per byte", "sizes"], rows)
+
+
+def _contract(op: str) -> str:
+    """The op's own words in ops.py, on one line."""
+    from typing import get_type_hints
+
+    from thalweg.kernels.ops import Kernels
+
+    return " ".join((get_type_hints(Kernels)[op].__doc__ or "").split())
+
+
+@app.command("verify")
+def verify(
+    ops: Ops = None,
+    kernels: Annotated[
+        str | None, typer.Option("--kernels", help="reference, deterministic, plain, avx2 or avx512; all if left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.", min=0, max=2**62)] = 0,
+    json_: Json = False,
+) -> None:
+    """Check every op of every backend against the reference in float64, and that rows keep their bits in any company.
+
+    The exit code is 1 if anything is wrong.
+    """
+    from thalweg.kernels.cases.checks import check_cases
+    from thalweg.kernels.verification import verdicts
+
+    specs = _specs(ops)
+    backends = _backends(kernels)
+    cases = [case for case in check_cases() if case.op in {spec.name for spec in specs}]
+    with bar() as progress:
+        task = progress.add_task("verifying", total=len(cases))
+        found = verdicts(backends, cases, seed, lambda: progress.advance(task))
+    if json_:
+        print(json.dumps({"seed": seed, "verdicts": [_verdict_facts(verdict) for verdict in found]}))
+    else:
+        _print_verdicts(found)
+    if any(verdict.failures for verdict in found):
+        raise typer.Exit(1)
+
+
+def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "op": verdict.op,
+        "backend": verdict.backend,
+        "cases": verdict.cases,
+        "tolerance": verdict.tolerance,
+        "largest_error": str(verdict.error) if verdict.error == float("inf") else verdict.error,
+        "rows_checked": verdict.rows_checked,
+        "failures": verdict.failures,
+    }
+
+
+def _print_verdicts(found: list[Verdict]) -> None:
+    columns = ["op", "backend", "cases", "largest error", "tolerance", "of it", "rows alone", "verdict"]
+    rows = []
+    for one in found:
+        exact = one.tolerance == 0
+        error = ("none" if one.error == 0 else "differs") if exact else f"{one.error:.2g}"
+        share = "-" if exact else f"{one.error / one.tolerance:.1%}"
+        company = [failure for failure in one.failures if "other bits" in failure]
+        alone = "not promised" if not one.rows_checked else "differ" if company else "same bits"
+        verdict = "WRONG" if one.failures else "ok"
+        tolerance = "exact" if exact else f"{one.tolerance:g}"
+        rows.append([one.op, one.backend, str(one.cases), error, tolerance, share, alone, verdict])
+    print_table(columns, rows)
+    console = output()
+    for one in found:
+        for failure in one.failures:
+            console.print(f"{one.op}, {one.backend}: {failure}", markup=False, soft_wrap=True)
+    wrong = sum(bool(one.failures) for one in found)
+    cases = sum(one.cases for one in found)
+    console.print(f"{cases:,} results of {len(found)} kernels checked, {wrong} kernels wrong")
+
+
+@app.command("bench")
+def bench(
+    ops: Ops = None,
+    shape: Model = "default",
+    kernels: flags.KernelBackend = None,
+    threads: flags.Threads = None,
+    seconds: Annotated[
+        float, typer.Option(help="Time of one measurement; the median of its runs counts.", min=0)
+    ] = 0.3,
+    only: Annotated[str, typer.Option(help="Only shapes with these words, such as `decode 1`.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Add one JSON line per op, shape and backend to this file.")] = None,
+) -> None:
+    """Time ops beside the least that this machine could take, which is measured first, and beside the reference."""
+    import torch
+
+    from thalweg.kernels.cases.workloads import workloads
+
+    names = {spec.name for spec in _specs(ops)}
+    cases = [case for case in workloads(_model(shape)) if case.op in names and only in case.shape]
+    if not cases:
+        raise ConfigError(f"--only {only!r}: no shape of these ops has these words", param="only")
+    kernel_set = _chosen({"device": "cpu", "kernels": kernels, "threads": threads})
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with _appended(out) as lines:
+            records = list(_measured(cases, kernel_set, seconds, {"model": shape}, lines))
+    finally:
+        torch.set_num_threads(before)
+    _print_records(records)
+
+
+@contextmanager
+def _appended(path: Path | None) -> Iterator[list[Any]]:
+    """Open files that take lines: one, or none."""
+    if path is None:
+        yield []
+        return
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error.strerror}", param="out") from error
+    with file:
+        yield [file]
+
+
+def _measured(
+    cases: list[Case], kernel_set: KernelSet, seconds: float, facts: dict[str, Any], files: list[Any]
+) -> Iterator[dict[str, Any]]:
+    """Records as they come; each is written before the next case begins."""
+    from thalweg.cli.demo import machine_facts
+    from thalweg.kernels.measurement import record, timings
+
+    console = output()
+    facts |= {"commit": _commit()} | machine_facts()
+    with bar() as progress:
+        task = progress.add_task("measuring the machine", total=len(cases))
+        ceilings = _ceilings()
+        console.print(_machine(ceilings), soft_wrap=True)
+        for case in cases:
+            progress.update(task, description=f"{case.op}: {case.shape}")
+            found = timings(case, _contenders(case.op, kernel_set), seconds)
+            for timing in found:
+                line = record(timing, ceilings, found[0].median) | facts
+                for file in files:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                yield line
+            progress.advance(task)
+
+
+def _contenders(op: str, kernel_set: KernelSet) -> list[Contender]:
+    """The reference first, then the chosen backend where that is another."""
+    from thalweg.kernels.measurement import Contender
+    from thalweg.kernels.registry import reference_kernels
+
+    chosen = next(choice.backend for choice in kernel_set.choices if choice.op == op)
+    reference = Contender("reference", reference_kernels())
+    return [reference] if chosen == "reference" else [reference, Contender(chosen, kernel_set.kernels)]
+
+
+def _ceilings() -> Ceilings:
+    """By the highest instruction set, whatever kernels are measured: the machine's limit is no backend's."""
+    import torch
+
+    from thalweg.kernels.cpu.ceilings import measured_ceilings
+    from thalweg.kernels.cpu.library import LibraryMissing, load_library
+
+    try:
+        library = load_library()
+    except LibraryMissing:
+        library = None
+    return measured_ceilings(library, torch.get_num_threads())
+
+
+def _machine(ceilings: Ceilings) -> str:
+    count = f"{ceilings.threads} thread{'' if ceilings.threads == 1 else 's'}"
+    sizes = ("256 KiB", "8 MiB", "256 MiB")
+    reads = ", ".join(f"{rate / 1e9:,.1f} of {size}" for rate, size in zip(ceilings.reads, sizes, strict=True))
+    return (
+        f"this machine with {count}, measured by {ceilings.how}: "
+        f"{ceilings.flops / 1e9:,.1f} GFLOP/s of fp32 multiply-adds; GB/s read: {reads}"
+    )
+
+
+def _print_records(records: list[dict[str, Any]]) -> None:
+    columns = ["op", "shape", "backend", "time", "GFLOP/s", "GB/s", "limit", "times the limit", "over reference"]
+    rows = [
+        [
+            line["op"],
+            line["shape"],
+            line["backend"],
+            _duration(line["seconds"]),
+            f"{line['gflops_per_second']:,.1f}",
+            f"{line['gbytes_per_second']:,.1f}",
+            f"{_duration(line['limit_seconds'])} {line['limited_by']}",
+            f"{line['times_the_limit']:,.1f}",
+            "-" if line["backend"] == "reference" else f"{line['speedup_over_reference']:,.2f}",
+        ]
+        for line in records
+    ]
+    print_table(columns, rows)
+
+
+def _duration(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.2f} {unit}"
+    return f"{seconds * 1e6:,.2f} us"
+
+
+def _commit() -> str | None:
+    """The commit of a checkout that these sources are part of; None for an installed package."""
+    folder = Path(__file__).parent
+    tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
+    head = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        if subprocess.run(tracked, capture_output=True, check=False).returncode:
+            return None
+        return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _specs(ops: Sequence[str] | None) -> list[OpSpec]:
+    """The ops by name, all if there are none. Raises ConfigError with the nearest name."""
+    known = [spec.name for spec in OPS]
+    for op in ops or ():
+        if op not in known:
+            raise ConfigError(f"there is no op {op!r}.{nearest(op, known)}", param="op")
+    return [spec for spec in OPS if not ops or spec.name in ops]
+
+
+def _model(name: str) -> Any:
+    from thalweg.kernels.cases.workloads import MODELS, model_config
+
+    if name not in MODELS:
+        raise ConfigError(f"--shape: {name!r} is not one of {', '.join(MODELS)}.{nearest(name, MODELS)}", param="shape")
+    return model_config(name)
+
+
+def _backends(wanted: str | None) -> tuple[Backend, ...]:
+    """The usable ones, or the wanted one. Raises ConfigError if that is unknown or cannot run here."""
+    from thalweg.kernels.backends import every_backend
+
+    backends = {backend.name.removeprefix(_COMPILED): backend for backend in every_backend()}
+    if wanted is None:
+        return tuple(backend for backend in backends.values() if backend.kernels is not None)
+    chosen = backends.get(wanted.removeprefix(_COMPILED))
+    if chosen is None:
+        names = ", ".join(backends)
+        raise ConfigError(f"--kernels: {wanted!r} is not one of {names}.{nearest(wanted, backends)}", param="kernels")
+    if chosen.kernels is None:
+        raise ConfigError(f"--kernels: {chosen.missing}", param="kernels")
+    return (chosen,)
+
+
+def _chosen(given: dict[str, Any]) -> KernelSet:
+    """What an engine with these options would compute with."""
+    import torch
+
+    from thalweg.kernels.registry import select_kernels
+
+    options = flags.options_from(given)
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    return select_kernels(
+        torch.device("cuda" if cuda else "cpu"),
+        deterministic=options.deterministic,
+        compute=torch.bfloat16 if options.dtype == "bfloat16" else torch.float32,
+        wanted=options.kernels,
+    )

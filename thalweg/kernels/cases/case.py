@@ -1,0 +1,91 @@
+"""One op with inputs of one shape, for any backend, over all rows of its result or some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.kernels.arguments import Weight
+from thalweg.kernels.ops import Kernels
+from thalweg.kernels.reference.linear import pack as reference_pack
+
+Call = Callable[[], Any]  # the op itself, everything prepared
+Bound = Callable[[Tensor | None], Call]  # for the rows of the result that are listed; None: all of them, in order
+Bind = Callable[[Kernels, torch.dtype], Bound]  # inputs of that float dtype, weights packed
+
+
+class Source:
+    """Random inputs from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+    def weight(self, *shape: int) -> Tensor:
+        """Of a deviation under which products with inputs of deviation 1 have deviation 1 too."""
+        return self.normal(*shape) * shape[-1] ** -0.5
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 from low to high, without high."""
+        return torch.randint(low, high, shape, generator=self._generator)
+
+    def order(self, count: int) -> Tensor:
+        """0 to count - 1, shuffled."""
+        return torch.randperm(count, generator=self._generator)
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    """What an op returned, as one or several tensors."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`sizes` are those that spec.py's costs take, `rows` the rows of the result; `inputs` makes everything from a
+    source. `comparable` turns a result into tensors of which equal ones are equal results, one row for each row."""
+
+    op: str
+    shape: str
+    sizes: Mapping[str, int]
+    rows: int
+    inputs: Callable[[Source], Bind]
+    comparable: Callable[[Any], tuple[Tensor, ...]] = as_tuple
+
+
+def over_rows(
+    call: Callable[..., Any],
+    rows: tuple[Tensor, ...],
+    *,
+    weights: tuple[Tensor, ...] = (),
+    fixed: tuple[Tensor, ...] = (),
+) -> Bind:
+    """call(kernels, *packed weights, *fixed, *rows), where each of `rows` has one row per row of the result."""
+
+    def bind(kernels: Kernels, dtype: torch.dtype) -> Bound:
+        packed = [packed_weight(kernels, weight, dtype) for weight in weights]
+        shared = [cast(x, dtype) for x in fixed]
+
+        def bound(chosen: Tensor | None) -> Call:
+            own = [cast(x if chosen is None else x[chosen], dtype) for x in rows]
+            return lambda: call(kernels, *packed, *shared, *own)
+
+        return bound
+
+    return bind
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floats in another dtype; whole numbers as they are."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def packed_weight(kernels: Kernels, weight: Tensor, dtype: torch.dtype) -> Weight:
+    """bfloat16 weights stay so where the backend multiplies by them under fp32 activations."""
+    keeps = weight.dtype is torch.bfloat16 and dtype is torch.float32 and kernels.pack is not reference_pack
+    return kernels.pack(weight if keeps else weight.to(dtype))
