@@ -17,7 +17,7 @@ _FOLDER = Path(__file__).parent
 _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 # p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
 SIGNATURES = {
-    "attention": "ppppnnnnpnnnppnnnpnnpnpn",
+    "attention": "pn",
     "linear": "pnnpnnnpn",
 }
 
@@ -92,6 +92,8 @@ def address(tensor: Tensor | None) -> int:
 
 def wide(tensor: Tensor) -> Tensor:
     """fp32 and contiguous; the tensor itself if it is both already."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.to(torch.float32).contiguous()
 
 
