@@ -31,20 +31,20 @@ def attention(
     if past_form is None or entry_form is None:
         return deterministic.attention(query, new_rows, context, sinks, selected)
     query, new_rows, sinks = wide(query), wide(new_rows), wide(sinks)
-    queries, keys = context.queries, context.keys
-    sequences = queries.offsets + queries.starts + keys.offsets + keys.starts + past.offsets
-    if entries is not None:
-        sequences += entries.offsets
-    numbers = array("l", sequences)
-    out = torch.empty(query.shape)
     if selected is not None:
         selected = selected.contiguous()
-    library.attention(
-        address(query), address(new_rows), address(sinks), address(selected), query.shape[1], query.shape[2],
-        0 if selected is None else selected.shape[1], context.window, *past_form, address(past.slots), *entry_form,
+    out = torch.empty_like(query)
+    _, heads, width = query.shape
+    queries, keys = context.queries, context.keys
+    numbers = array("l", (  # the order is that of Arguments in native/attention.cpp
+        address(query), address(new_rows), address(sinks), address(out), address(selected),
+        0 if selected is None else selected.shape[1], heads, width, context.window, context.ratio,
+        *past_form, address(past.slots), *entry_form,
         0 if entries is None else address(entries.blocks), 0 if entries is None else entries.rows_per_block,
-        context.ratio, numbers.buffer_info()[0], len(queries.starts), address(out), library.threads,
-    )  # fmt: skip
+        len(queries.starts), *queries.offsets, *queries.starts, *keys.offsets, *keys.starts, *past.offsets,
+        *(() if entries is None else entries.offsets),
+    ))  # fmt: skip
+    library.attention(numbers.buffer_info()[0], library.threads)
     return out
 
 

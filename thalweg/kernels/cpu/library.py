@@ -18,7 +18,7 @@ _TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
 # p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
 SIGNATURES = {
     "arithmetic": "npn",
-    "attention": "ppppnnnnpnnnppnnnpnnpnpn",
+    "attention": "pn",
     "compress": "ppnnnppnpn",
     "experts": "pppnnnpnpnnnfpn",
     "index_topk": "ppnnpnnpnpnnnpn",

@@ -21,19 +21,36 @@ constexpr long SPAN = 512;           // dense entries
 constexpr long WAVE = 8;             // spans computed before they are merged: what a split query may store
 constexpr double SPLIT_FROM = 400e3;  // multiply-adds below which a second thread costs more than it brings
 
-struct Call {
+// The block of arguments that cpu/attention.py fills: one pointer passes faster than twenty. `sequences` of them follow
+// it, all offsets and starts as in AttentionContext.
+struct Arguments {
     const float* query;     // [Q, heads, width]
     const float* new_rows;  // [T, width]
     const float* sinks;     // [heads]
+    float* out;             // [Q, heads, width]
     const long* selected;   // [Q, picks] or none
-    long heads, width, picks, window;
-    CachedRows past, entries;
-    const long *past_slots, *blocks;
-    long rows_per_block, ratio;
-    // Of each sequence, as in AttentionContext.
-    const long *query_offsets, *query_starts, *key_offsets, *key_starts, *past_offsets, *entry_offsets;
-    float* out;  // [Q, heads, width]
+    long picks, heads, width, window, ratio;
+    CachedRows past;
+    const long* past_slots;
+    CachedRows entries;
+    const long* blocks;
+    long rows_per_block;
+    long sequences;
+};
+static_assert(sizeof(Arguments) == 22 * sizeof(long) && sizeof(long) == sizeof(void*));
 
+struct Call : Arguments {
+    const long *query_offsets, *query_starts, *key_offsets, *key_starts, *past_offsets, *entry_offsets;
+
+    explicit Call(const long* block) {
+        memcpy(static_cast<Arguments*>(this), block, sizeof(Arguments));
+        query_offsets = block + sizeof(Arguments) / sizeof(long);
+        query_starts = query_offsets + sequences + 1;
+        key_offsets = query_starts + sequences;
+        key_starts = key_offsets + sequences + 1;
+        past_offsets = key_starts + sequences;
+        entry_offsets = past_offsets + sequences + 1;
+    }
     bool dense(long s) const { return !selected && has_entries(s); }
     bool has_entries(long s) const { return entries.data && entry_offsets[s] < entry_offsets[s + 1]; }
 };
@@ -124,13 +141,29 @@ void read_window(const Call& call, long s, long begin, long end, float* to) {
     }
 }
 
-// Entries [begin, end) of a sequence.
-void read_entries(const Call& call, long s, long begin, long end, float* to) {
-    const long* block = call.blocks + call.entry_offsets[s] + begin / call.rows_per_block;
-    long place = begin % call.rows_per_block;
-    for (long entry = begin; entry < end; entry++, to += row_stride(call.width)) {
-        read_key(call, call.entries, *block * call.rows_per_block + place, to);
-        if (++place == call.rows_per_block) place = 0, block++;
+// Goes over the slots of a sequence's entries.
+struct Slots {
+    const long* block;
+    long place, size;
+
+    Slots(const Call& call, long s, long entry)
+        : block(call.blocks + call.entry_offsets[s] + entry / call.rows_per_block),
+          place(entry % call.rows_per_block),
+          size(call.rows_per_block) {}
+    long operator*() const { return *block * size + place; }
+    void operator++() {
+        if (++place == size) place = 0, block++;
+    }
+};
+
+// Entries [begin, end) of a sequence. While they are read, those a tile later, below `known`, are asked for.
+void read_entries(const Call& call, long s, long begin, long end, long known, float* to) {
+    Slots slot(call, s, begin), later(call, s, begin + KEYS);
+    for (long entry = begin; entry < end; entry++, ++slot, to += row_stride(call.width)) {
+        read_key(call, call.entries, *slot, to);
+        if (entry + KEYS >= known) continue;
+        prefetch_row(call.entries, *later, call.width);
+        ++later;
     }
 }
 
@@ -150,20 +183,26 @@ void take_window(const Call& call, const Part& part, const Rows& rows, const Scr
     }
 }
 
-// Each query's own entries, KEYS at a time; "none" is left out.
+// Reads up to KEYS of the picks that are left, "none" left out. While they are read, later ones are asked for.
+long read_selected(const Call& call, long s, const long*& pick, const long* end, const long* known, float* to) {
+    long count = 0;
+    for (; pick < end && count < KEYS; pick++) {
+        if (pick + KEYS < known && pick[KEYS] >= 0)
+            prefetch_row(call.entries, *Slots(call, s, pick[KEYS]), call.width);
+        if (*pick >= 0) read_key(call, call.entries, *Slots(call, s, *pick), to + count++ * row_stride(call.width));
+    }
+    return count;
+}
+
+// Each query's own entries, KEYS at a time.
 void take_selected(const Call& call, const Part& part, const Rows& rows, const Scratch& s) {
+    const long *pick = call.selected + part.query * call.picks, *known = pick + part.count * call.picks;
     std::fill(s.from, s.from + part.heads, 0);
-    for (long i = 0; i < part.count; i++) {
-        const long row = i * part.heads;
+    for (long row = 0; row < rows.count; row += part.heads) {
         const Rows own{rows.query + row * rows.stride, part.heads, rows.width, rows.stride};
         const Softmax softmax{s.softmax.maximum + row, s.softmax.denominator + row, s.softmax.total + row * rows.stride};
-        const long *pick = call.selected + (part.query + i) * call.picks, *end = pick + call.picks;
-        while (pick < end) {
-            long count = 0;
-            for (; pick < end && count < KEYS; pick++)
-                if (*pick >= 0)
-                    read_entries(call, part.sequence, *pick, *pick + 1, s.keys + count++ * rows.stride);
-            if (count == 0) break;
+        const long* const end = pick + call.picks;
+        while (const long count = read_selected(call, part.sequence, pick, end, known, s.keys)) {
             std::fill(s.to, s.to + part.heads, (int32_t)count);
             take_in(own, {s.keys, 0, count, s.from, s.to}, softmax, s.work);
         }
@@ -179,7 +218,7 @@ void take_span(const Call& call, const Part& part, const Rows& rows, long begin,
     const long end = std::min(begin + SPAN, visible(call, part.last()));
     for (long tile = begin; tile < end; tile += KEYS) {
         const long last = std::min(end - tile, KEYS);
-        read_entries(call, part.sequence, tile, tile + last, s.keys);
+        read_entries(call, part.sequence, tile, tile + last, end, s.keys);
         for (long r = 0; r < rows.count; r++) {
             s.from[r] = 0;
             s.to[r] = (int32_t)(visible(call, part.position + r / part.heads) - tile);
@@ -232,10 +271,10 @@ double work_of(const Call& call, const Part& part) {
     return 2.0 * (double)part.rows() * (double)(keys * call.width);
 }
 
-std::vector<Part> parts(const Call& call, long sequences, long heads) {
+std::vector<Part> parts(const Call& call, long heads) {
     std::vector<Part> result;
     const long most = std::max(1L, PART_ROWS / heads);
-    for (long s = 0; s < sequences; s++) {
+    for (long s = 0; s < call.sequences; s++) {
         const long first = call.query_offsets[s], end = call.query_offsets[s + 1];
         for (long query = first; query < end; query += most)
             for (long head = 0; head < call.heads; head += heads)
@@ -245,9 +284,9 @@ std::vector<Part> parts(const Call& call, long sequences, long heads) {
     return result;
 }
 
-void attend_all(const Call& call, long sequences, int threads) {
+void attend_all(const Call& call, int threads) {
     long heads = std::min(call.heads, PART_ROWS);
-    std::vector<Part> all = parts(call, sequences, heads);
+    std::vector<Part> all = parts(call, heads);
     double work = 0;
     bool spans = false;
     for (const Part& part : all) {
@@ -260,31 +299,11 @@ void attend_all(const Call& call, long sequences, int threads) {
         return;
     }
     while (split && (long)all.size() < threads && heads >= 2 * LEAST_HEADS)
-        all = parts(call, sequences, heads = (heads + 1) / 2);
+        all = parts(call, heads = (heads + 1) / 2);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (split && all.size() > 1)
     for (size_t i = 0; i < all.size(); i++) attend(call, all[i]);
 }
 
 }  // namespace
 
-extern "C" {
-
-// Rows of `past` and `entries`: address, format, bytes from row to row, rotated channels. `sequences` holds, for n of
-// them, offsets and starts of queries, of new rows, then offsets of past slots and of blocks.
-void thalweg_attention(const float* query, const float* new_rows, const float* sinks, const long* selected, long heads,
-                       long width, long picks, long window, const void* past, long past_format, long past_stride,
-                       long past_rope, const long* past_slots, const void* entries, long entry_format,
-                       long entry_stride, long entry_rope, const long* blocks, long rows_per_block, long ratio,
-                       const long* sequences, long count, float* out, long threads) {
-    const long* const query_starts = sequences + count + 1;
-    const long* const key_offsets = query_starts + count;
-    const long* const key_starts = key_offsets + count + 1;
-    const long* const past_offsets = key_starts + count;
-    const Call call{query, new_rows, sinks, selected, heads, width, picks, window,
-                    {(const char*)past, past_format, past_stride, past_rope},
-                    {(const char*)entries, entry_format, entry_stride, entry_rope},
-                    past_slots, blocks, rows_per_block, ratio,
-                    sequences, query_starts, key_offsets, key_starts, past_offsets, past_offsets + count + 1, out};
-    attend_all(call, count, (int)threads);
-}
-}
+extern "C" void thalweg_attention(const long* block, long threads) { attend_all(Call(block), (int)threads); }

@@ -2,6 +2,10 @@
 #pragma once
 #include "vector.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace thalweg {
 
 // cpu/attention.py names these numbers.
@@ -15,7 +19,6 @@ struct CachedRows {
     long rope;    // the last channels of an FP8 row, which are bfloat16
 };
 
-typedef uint8_t narrow_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef uint16_t narrow_halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 
 inline void widen_bfloat16(const char* from, long count, float* to) {
@@ -49,16 +52,26 @@ inline floats from_e4m3(words codes) {
     return (floats)((words)value | (codes & 0x80u) << 24);
 }
 
+// LANES bytes, widened. GCC takes the conversion of such short vectors apart: there is one instruction for it.
+inline words load_bytes(const char* from) {
+#if THALWEG_LANES == 16
+    return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif THALWEG_LANES == 8
+    return (words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    words result{};
+    for (int i = 0; i < LANES; i++) result[i] = (uint8_t)from[i];
+    return result;
+#endif
+}
+
 inline void widen_e4m3(const char* from, long count, float scale, float* to) {
     long i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        const narrow_bytes bytes = *(const narrow_bytes*)(from + i);
-        store(to + i, from_e4m3(__builtin_convertvector(bytes, words)) * scale);
-    }
+    for (; i + LANES <= count; i += LANES) store(to + i, from_e4m3(load_bytes(from + i)) * scale);
     if (i == count) return;
-    narrow_bytes rest{};
-    memcpy(&rest, from + i, count - i);
-    const floats values = from_e4m3(__builtin_convertvector(rest, words)) * scale;
+    char rest[LANES] = {};
+    memcpy(rest, from + i, count - i);
+    const floats values = from_e4m3(load_bytes(rest)) * scale;
     memcpy(to + i, &values, 4 * (count - i));
 }
 
@@ -77,6 +90,13 @@ inline void read_row(const CachedRows& rows, long slot, long width, float* to) {
                        to + i);
         widen_bfloat16(from + codes, rows.rope, to + codes);
     }
+}
+
+// Asks for a row that will be read soon.
+inline void prefetch_row(const CachedRows& rows, long slot, long width) {
+    const char* from = rows.data + slot * rows.stride;
+    const long bytes = rows.format == FLOAT_ROWS ? 4 * width : rows.format == BFLOAT16_ROWS ? 2 * width : rows.stride;
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 }  // namespace thalweg
