@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #include "vector.h"
 
@@ -81,10 +82,10 @@ struct Best {
 
     void clear(Candidate* memory, long room, long wanted) { *this = Best{memory, 0, room, wanted, 0}; }
 
+    // Without a branch: whether a candidate counts cannot be guessed. There must be room for one more.
     void add(Candidate one) {
-        if (one <= least) return;
-        items[size++] = one;
-        if (size == capacity) compact();
+        items[size] = one;
+        size += one > least;
     }
 
     void compact() {
@@ -107,6 +108,7 @@ struct Best {
         memcpy(values + LANES, &high, 4 * LANES);
         const int count = (int)std::min<long>(PANEL, end - first);
         for (int i = 0; i < count; i++) add(candidate(values[i], (uint32_t)(first + i)));
+        if (size + PANEL > capacity) compact();
     }
 };
 

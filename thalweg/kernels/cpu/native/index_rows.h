@@ -12,6 +12,7 @@ namespace thalweg {
 enum class KeyFormat : long { FLOAT32, BFLOAT16, FP8, FP4 };  // numbers of cpu/indexer.py
 
 constexpr long SCALE_BLOCK = 32;  // FP4 channels under one scale
+constexpr long CACHE_LINE = 64;
 
 // Lane j of a shuffle takes lane INDEX(j) of `a`, or INDEX(j) - LANES of `b`.
 template <int (*INDEX)(int), int... J>
@@ -153,15 +154,18 @@ inline words load_words(const char* from, long bytes) {
     return load_words(whole);
 }
 
-// LANES keys into as many columns of a panel.
+// LANES keys into as many columns of a panel. On the way the keys `ahead`, which come next, are called into the cache:
+// they lie anywhere, and the processor itself does not see that many rows coming.
 template <KeyFormat FORMAT>
-inline void read_columns(const char* const* keys, long width, float* panel) {
+inline void read_columns(const char* const* keys, const char* const* ahead, long width, float* panel) {
     constexpr long CHANNELS = CHANNELS_OF_WORD<FORMAT>;
     const long bytes = width * 4 / CHANNELS;
     floats scale{};
     if constexpr (FORMAT == KeyFormat::FP8) scale = key_scales<FORMAT>(keys, width, 0);
     for (long first = 0; 4 * first < bytes; first += LANES) {
         const long left = bytes - 4 * first;
+        if (4 * first % CACHE_LINE == 0)
+            for (int i = 0; i < LANES; i++) __builtin_prefetch(ahead[i] + 4 * first);
         words v[LANES];
         if (left >= 4 * LANES) {
 #pragma GCC unroll 16
@@ -180,21 +184,21 @@ inline void read_columns(const char* const* keys, long width, float* panel) {
     }
 }
 
-// PANEL keys at the given addresses into panel [width][PANEL].
+// PANEL keys at the given addresses into panel [width][PANEL]; behind them stand the addresses of the next PANEL keys.
 inline void read_panel(KeyFormat format, const char* const* keys, long width, float* panel) {
-    for (int half = 0; half < PANEL; half += LANES) {
+    for (int half = 0; half < PANEL; half += LANES, keys += LANES, panel += LANES) {
         switch (format) {
             case KeyFormat::FLOAT32:
-                read_columns<KeyFormat::FLOAT32>(keys + half, width, panel + half);
+                read_columns<KeyFormat::FLOAT32>(keys, keys + PANEL, width, panel);
                 break;
             case KeyFormat::BFLOAT16:
-                read_columns<KeyFormat::BFLOAT16>(keys + half, width, panel + half);
+                read_columns<KeyFormat::BFLOAT16>(keys, keys + PANEL, width, panel);
                 break;
             case KeyFormat::FP8:
-                read_columns<KeyFormat::FP8>(keys + half, width, panel + half);
+                read_columns<KeyFormat::FP8>(keys, keys + PANEL, width, panel);
                 break;
             case KeyFormat::FP4:
-                read_columns<KeyFormat::FP4>(keys + half, width, panel + half);
+                read_columns<KeyFormat::FP4>(keys, keys + PANEL, width, panel);
                 break;
         }
     }

@@ -1,6 +1,7 @@
 // Indexer scores with streaming top-k: scores exist for one panel of keys at a time. A tile of queries goes over the
 // keys once; every query keeps its best candidates (best.h), whose choice no order of keys and no cut changes. A score
 // is one chain of additions over heads, a product one chain over channels: its bits depend on query and key alone.
+#include <cstdlib>
 #include <numeric>
 #include <vector>
 
@@ -62,11 +63,17 @@ class Scratch {
 thread_local Scratch scratch;
 
 // scores[query][PANEL] += weight * relu(row . key) for R rows of queries x heads, from head `head` of a query on.
+// Out of line, and begun by a product: a zero kept in a register would push an accumulator out into memory.
 template <int R>
-inline __attribute__((always_inline)) void score_rows(const Search& s, const float* rows, const float* weights,
-                                                      const float* panel, long head, float* scores) {
-    floats low[R] = {}, high[R] = {};
-    for (long c = 0; c < s.width; c++) {
+__attribute__((noinline)) void score_rows(const Search& s, const float* rows, const float* weights, const float* panel,
+                                          long head, float* scores) {
+    floats low[R], high[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        low[r] = rows[r * s.width] * load(panel);
+        high[r] = rows[r * s.width] * load(panel + LANES);
+    }
+    for (long c = 1; c < s.width; c++) {
         const floats left = load(panel + c * PANEL), right = load(panel + c * PANEL + LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
@@ -122,18 +129,19 @@ void score_panel(const Search& s, const Tile& tile, const float* panel, float* s
     }
 }
 
-// Addresses of the keys of entries [first, end), the last one repeated up to whole panels.
-void find_keys(const Search& s, const Tile& tile, long first, long end, const char** keys) {
+// Addresses of the keys of entries [first, end), the last one repeated up to whole panels; returns how many.
+long find_keys(const Search& s, const Tile& tile, long first, long end, const char** keys) {
     const long count = end - first;
-    long block = first / s.rows_per_block, row = first % s.rows_per_block;
-    for (long i = 0; i < count; i++) {
-        keys[i] = s.keys + (tile.blocks[block] * s.rows_per_block + row) * s.row_bytes;
+    long block = first / s.rows_per_block, row = first % s.rows_per_block, found = 0;
+    for (; found < count; found++) {
+        keys[found] = s.keys + (tile.blocks[block] * s.rows_per_block + row) * s.row_bytes;
         if (++row == s.rows_per_block) {
             row = 0;
             block++;
         }
     }
-    for (long i = count; i % PANEL != 0; i++) keys[i] = keys[count - 1];
+    for (; found % PANEL != 0; found++) keys[found] = keys[count - 1];
+    return found;
 }
 
 long visible(const Search& s, const Tile& tile, long query) { return (tile.position + query + 1) / s.ratio; }
@@ -141,13 +149,15 @@ long visible(const Search& s, const Tile& tile, long query) { return (tile.posit
 // Chunks [from, to) of the keys, for all queries of a tile. They are visited in a scattered order: were scores to rise
 // with the entry number, every key in turn would be among the best so far.
 void scan(const Search& s, const Tile& tile, long from, long to, Best* best, float* panel, float* scores) {
-    const char* keys[CHUNK];
+    const char* keys[CHUNK + PANEL];
     const long end = visible(s, tile, tile.queries - 1), chunks = to - from;
     long stride = std::max<long>(1, (long)(chunks * 0.618));
     while (std::gcd(stride, chunks) != 1) stride++;
-    for (long step = 0, chunk = 0; step < chunks; step++, chunk = (chunk + stride) % chunks) {
+    for (long step = 0, chunk = 0; step < chunks; step++) {
         const long first = (from + chunk) * CHUNK, last = std::min(first + CHUNK, end);
-        find_keys(s, tile, first, last, keys);
+        chunk = (chunk + stride) % chunks;
+        const long next = (from + chunk) * CHUNK, found = find_keys(s, tile, first, last, keys);
+        find_keys(s, tile, next, std::min(next + PANEL, end), keys + found);
         for (long entry = first; entry < last; entry += PANEL) {
             read_panel(s.format, keys + (entry - first), s.width, panel);
             score_panel(s, tile, panel, scores);
@@ -192,8 +202,8 @@ long chunks_of(const Search& s, const Tile& tile) {
 
 // A query's parts become one: partial [parts][queries][k], 0 where a part had fewer.
 void merge_parts(const Search& s, const Tile& tile, long parts, const Candidate* partial) {
-    scratch.reset(parts * s.k * sizeof(Candidate) + 8 * s.k + 1024);
-    Candidate* items = scratch.take<Candidate>(parts * s.k);
+    scratch.reset((parts * s.k + 1) * sizeof(Candidate) + 8 * s.k + 1024);
+    Candidate* items = scratch.take<Candidate>(parts * s.k + 1);
     uint32_t* entries = scratch.take<uint32_t>(2 * s.k);
     for (long q = 0; q < tile.queries; q++) {
         Best best;
