@@ -40,7 +40,7 @@ class LibraryMissing(Exception):
     """Why there are no compiled kernels; the text is for the user."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Library:
     """One loaded library. `lanes` are the floats of its vectors."""
 
@@ -48,16 +48,16 @@ class Library:
     lanes: int
     functions: dict[str, Callable[..., None]]
 
+    def __post_init__(self) -> None:
+        self.__dict__.update(self.functions)  # found at once: __getattr__ costs a microsecond
+
     @property
     def threads(self) -> int:
         """How many a kernel may use."""
         return torch.get_num_threads()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        try:
-            return self.functions[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        raise AttributeError(name)
 
 
 def built_levels() -> tuple[Level, ...]:
@@ -98,7 +98,7 @@ def address(tensor: Tensor | None) -> int:
 
 def wide(tensor: Tensor) -> Tensor:
     """fp32 and contiguous; the tensor itself if it is both already."""
-    return tensor.to(torch.float32).contiguous()
+    return (tensor if tensor.dtype is torch.float32 else tensor.to(torch.float32)).contiguous()
 
 
 def _path(level: Level) -> Path:
