@@ -135,6 +135,59 @@ def test_moe(kernels: Kernels, hidden: int, hashed: bool) -> None:
     rows_alone_equal(lambda x, i, w: kernels.experts(x, i, w, up, down, 1.0), random(90, hidden, seed=5), ids, weights)
 
 
+@every_exact_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("experts", [1, 3, 30])
+def test_experts_of_many_rows(kernels: Kernels, experts: int, narrow: bool) -> None:
+    """One row of an expert, a few, and more than a block; the same expert twice, too."""
+    tokens, hidden, inner = 230, 72, 40
+    keeps = getattr(kernels.pack, "func", None) is not None
+    up, down = random(experts, 2 * inner, hidden, seed=3), random(experts, hidden, inner, seed=4)
+    packed = [kernels.pack(w.bfloat16() if narrow and keeps else w) for w in (up, down)]
+    ids = torch.randint(0, experts, (tokens, 3), generator=torch.Generator().manual_seed(2))
+    rows_alone_equal(
+        lambda x, i, w: kernels.experts(x, i, w, *packed, 9.0), random(tokens, hidden), ids, random(tokens, 3, seed=1)
+    )
+
+
+@every_exact_backend()
+@pytest.mark.parametrize("tokens", [1, 7, 400])
+def test_threads_do_not_matter(kernels: Kernels, tokens: int) -> None:
+    up, down = kernels.pack(random(5, 256, 160, seed=3)), kernels.pack(random(5, 160, 128, seed=4))
+    x, logits = random(tokens, 160), random(tokens, 300, seed=1)
+    rows, own = random(4 * tokens, 600, seed=2), torch.arange(4 * tokens).view(tokens, 4)
+    results = []
+    before = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        ids, weights = kernels.route(logits, None, None, 3, 1.5)
+        experts = kernels.experts(x, ids % 5, weights, up, down, 9.0)
+        results.append((weights, experts, kernels.swiglu(logits, logits, 2.0), kernels.compress(rows, own)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@every_exact_backend()
+@pytest.mark.parametrize("tokens", [1, 4, 5, 13])
+@pytest.mark.parametrize("dim", [1, 20, 300])
+def test_absent_tokens_are_never_read(kernels: Kernels, tokens: int, dim: int) -> None:
+    """Entries whose window before is not there at all, or in part; where it is, in float64."""
+    rows, before = random(40, 2 * dim), random(40, 2 * dim, seed=1)
+    own = torch.arange(3 * tokens).view(3, tokens)
+    previous = own.clone()
+    previous[0], previous[1, ::2] = -1, -1
+    before[0], before[previous[1].max() + 1 : 2 * tokens] = float("nan"), float("nan")
+    ours = kernels.compress(rows, own, before, previous)
+    for entry in range(3):
+        there = previous[entry][previous[entry] >= 0]
+        value, gate = torch.cat([before[there], rows[own[entry]]]).double().chunk(2, -1)
+        exact = (torch.softmax(gate, 0) * value).sum(0)
+        assert (ours[entry].double() - exact).abs().max() <= spec_of("compress").tolerance
+    assert kernels.compress(rows, own[:0], before, previous[:0]).shape == (0, dim)
+
+
 def split_run(kernels: Kernels, scene: Scene, chunks: list[int], mode: str) -> Tensor:
     """Attention and index_topk of one sequence, computed in chunks that start after what was there before."""
     start, end = scene.past[0], scene.ends[0]

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from tests.kernels import formats
 from tests.kernels.backends import Kernels, every_backend
+from tests.kernels.threads import ANY_THREADS, threads
 from thalweg.cache.geometry import RowKind, StreamSpec
 from thalweg.kernels.arguments import Packing, StoredRows, plain_rows
+from thalweg.kernels.registry import reference_kernels
 from thalweg.memory.layout import CacheLayout, RowFormat
 
+__all__ = ["threads"]
+REFERENCE = reference_kernels()
 KV_SHAPES = [(512, 64), (72, 8), (64, 16), (32, 8), (41, 10), (194, 2)]
 INDEX_WIDTHS = [128, 64, 16, 48, 2]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NUMBERS = st.one_of(
     st.floats(width=32),
     st.floats(-8, 8, width=32),
@@ -157,3 +162,68 @@ def test_plain_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     kernels.store_rows(cache, torch.tensor([2, 0]), rows)
     read = kernels.read_rows(cache, torch.tensor([[0], [2]]))
     assert read.dtype is torch.float32 and torch.equal(read[:, 0], rows[[1, 0]].to(dtype).float())
+
+
+def any_bits(*shape: int, seed: int = 0) -> Tensor:
+    """fp32 of every kind: a third are any 32 bits, NaN and infinities too, a third of any size, a third ordinary."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator).int().view(torch.float32)
+    ordinary = torch.randn(shape, generator=generator)
+    sized = ordinary * torch.exp2(torch.randint(-150, 128, (*shape[:-1], 1), generator=generator).double()).float()
+    kind = torch.randint(0, 3, (*shape[:-1], 1), generator=generator)
+    return torch.where(kind == 0, bits, torch.where(kind == 1, sized, ordinary))
+
+
+@every_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("packing", "width", "rope"), CASES)
+def test_many_rows_are_those_of_the_reference(
+    kernels: Kernels, packing: Packing, width: int, rope: int, narrow: bool
+) -> None:
+    """Bytes of rows without NaN, values of all; slots in any order, in a pool that is a part of a larger one."""
+    count = 1 + (1 << 17) // width
+    rows = any_bits(count, width)
+    rows = rows.bfloat16() if narrow else rows
+    ours, theirs = (stored(packing, width, rope, slots=count + 3) for _ in range(2))
+    ours = StoredRows(torch.cat([ours.data, ours.data], 1)[:, : theirs.data.shape[1]], packing, width, rope)
+    slots = torch.randperm(count + 3, generator=torch.Generator().manual_seed(1))[:count]
+    kernels.store_rows(ours, slots, rows)
+    REFERENCE.store_rows(theirs, slots, rows)
+    whole = slots[~rows.isnan().any(-1)]
+    assert len(whole) > count // 3 and torch.equal(ours.data[whole], theirs.data[whole])
+    read = kernels.read_rows(ours, slots.view(1, -1))
+    assert read.shape == (1, count, width) and same(read[0], REFERENCE.read_rows(theirs, slots))
+
+
+@every_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("width", [2, 8, 16, 64, 128, 512])
+def test_many_rounded_rows_are_those_of_the_reference(kernels: Kernels, width: int) -> None:
+    rows = any_bits(1 + (1 << 17) // width, width, seed=width)
+    for ours, theirs in (
+        (kernels.round_index(rows), REFERENCE.round_index(rows)),
+        (kernels.round_index_fp8(rows), REFERENCE.round_index_fp8(rows)),
+        (kernels.round_kv(rows, 2), REFERENCE.round_kv(rows, 2)),
+        (kernels.round_kv(rows[None, 1:], width // 2), REFERENCE.round_kv(rows[None, 1:], width // 2)),
+    ):
+        assert ours.shape == theirs.shape and same(ours, theirs)
+    assert kernels.round_index(rows[:0]).shape == (0, width)
+    assert kernels.round_index(rows.bfloat16()).dtype is kernels.round_kv(rows.bfloat16(), 2).dtype is torch.bfloat16
+
+
+@every_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("dtypes", [(a, b) for a in FLOATS for b in FLOATS], ids=str)
+def test_plain_rows_of_any_dtype(kernels: Kernels, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Into pools of one dtype, from rows of another; no rows at all."""
+    pool, given = dtypes
+    rows = any_bits(700, 130).to(given)
+    ours, theirs = (plain_rows(torch.zeros(900, 130, dtype=pool)) for _ in range(2))
+    slots = torch.randperm(900, generator=torch.Generator().manual_seed(1))[:700]
+    kernels.store_rows(ours, slots, rows)
+    kernels.store_rows(ours, slots[:0], rows[:0])
+    REFERENCE.store_rows(theirs, slots, rows)
+    assert same(ours.data.float(), theirs.data.float())
+    assert same(kernels.read_rows(ours, slots.flip(0)), REFERENCE.read_rows(theirs, slots.flip(0)))
+    assert kernels.read_rows(ours, slots[:0]).shape == (0, 130)

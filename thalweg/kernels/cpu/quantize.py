@@ -12,13 +12,13 @@ FORMATS = {Packing.FP8_KV: 2, Packing.FP8_INDEX: 3, Packing.FP4_INDEX: 4}  # as 
 
 
 def round_kv(library: Library, rows: Tensor, rope_dim: int) -> Tensor:
-    return _rounded(library, rows, Packing.FP8_KV, rope_dim).to(rows.dtype)
+    return _like(rows, _rounded(library, rows, Packing.FP8_KV, rope_dim))
 
 
 def round_index(library: Library, x: Tensor) -> Tensor:
     size = x.shape[-1]
     assert size & (size - 1) == 0, "the Hadamard rotation is one of a power of two"
-    return _rounded(library, x, Packing.FP4_INDEX, 0).to(x.dtype)
+    return _like(x, _rounded(library, x, Packing.FP4_INDEX, 0))
 
 
 def round_index_fp8(library: Library, keys: Tensor) -> Tensor:
@@ -33,3 +33,7 @@ def _rounded(library: Library, rows: Tensor, packing: Packing, rope_dim: int) ->
             address(rows), count // width, FORMATS[packing], width, rope_dim, address(out), library.threads
         )
     return out
+
+
+def _like(rows: Tensor, rounded: Tensor) -> Tensor:
+    return rounded if rows.dtype is torch.float32 else rounded.to(rows.dtype)

@@ -1,4 +1,7 @@
-"""Cached rows in their byte formats: written to their slots and gathered from them in one pass."""
+"""Cached rows in their byte formats: written to their slots and gathered from them in one pass.
+
+Slots must lie in the pool, and elements of a row beside each other: neither is checked.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ PLAIN_FORMATS = {torch.float32: 0, torch.bfloat16: 1}  # pools of other dtypes a
 
 
 def store_rows(library: Library, stored: StoredRows, slots: Tensor, rows: Tensor) -> None:
-    """Slots lie in the pool: they are not checked."""
     if not (count := slots.numel()):
         return
     form = _format(stored)
@@ -30,7 +32,6 @@ def store_rows(library: Library, stored: StoredRows, slots: Tensor, rows: Tensor
 
 
 def read_rows(library: Library, stored: StoredRows, slots: Tensor) -> Tensor:
-    """Slots lie in the pool: they are not checked."""
     form = _format(stored)
     if form is None:
         return plain.read_rows(stored, slots)
@@ -46,8 +47,4 @@ def read_rows(library: Library, stored: StoredRows, slots: Tensor) -> Tensor:
 
 def _format(stored: StoredRows) -> int | None:
     """The number of a row format in native/quantize.cpp; None where there is none."""
-    if stored.data.stride(1) != 1 and stored.width > 1:
-        return None
-    if stored.packing is Packing.PLAIN:
-        return PLAIN_FORMATS.get(stored.data.dtype)
-    return FORMATS[stored.packing]
+    return PLAIN_FORMATS.get(stored.data.dtype) if stored.packing is Packing.PLAIN else FORMATS[stored.packing]

@@ -1,19 +1,21 @@
 // Routing, gated units and experts.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <memory>
 #include <vector>
 
-#include "packed.h"
+#include "few_rows.h"
+#include "tasks.h"
 
 using namespace thalweg;
 
 namespace {
 
-constexpr long ELEMENTS_OF_TASK = 1 << 14;
-constexpr long LOGITS_SPLIT = 1 << 15;    // work below these sizes: a second thread costs more than it brings
-constexpr double SPLIT_FROM = 200e3;      // multiply-adds
-constexpr long PANELS_OF_TASK = 8;        // at most; fewer if there would be too few tasks
+constexpr long ELEMENTS_OF_TASK = 1 << 14, TOKENS_OF_TASK = 16;
+constexpr long LOGITS_SPLIT = 1 << 15;  // below this, or as many multiply-adds, a second thread costs too much
+constexpr double SPLIT_FROM = 200e3;
+constexpr long PANELS_OF_TASK = 8;            // at most; fewer if there would be too few tasks
 constexpr long ROWS_AT_ONCE = 8 * ROW_BLOCK;  // of all experts: bounds what lies between the two products
 constexpr long SPAN = PANELS_OF_TASK * PANEL;
 
@@ -23,10 +25,11 @@ inline floats swiglu(floats gate, floats up, float limit) {
     return gate / (1.0f + exp(-gate)) * up;
 }
 
-inline floats load_some(const float* from, long count, float beyond) {
+// A vector, or the rest of a row filled up with zeros.
+inline floats load_some(const float* from, long count) {
     if (count >= LANES) return load(from);
-    float part[LANES];
-    for (long i = 0; i < LANES; i++) part[i] = i < count ? from[i] : beyond;
+    float part[LANES] = {};
+    memcpy(part, from, 4 * count);
     return load(part);
 }
 
@@ -51,20 +54,39 @@ inline floats score(floats x) {
     return x < -20.0f ? exp(x * 0.5f) : near;
 }
 
-// The k best of score + bias, best first, the lowest id first among equals; NaN ranks highest, as in a sort.
-void choose(const float* scores, const float* bias, long experts, long k, int64_t* ids, float* best) {
-    long found = 0;
-    for (long expert = 0; expert < experts; expert++) {
-        float ranked = bias ? scores[expert] + bias[expert] : scores[expert];
-        if (ranked != ranked) ranked = INFINITY;
-        if (found == k && !(ranked > best[k - 1])) continue;
-        long place = found < k ? found++ : k - 1;
-        for (; place > 0 && ranked > best[place - 1]; place--) {
-            best[place] = best[place - 1];
-            ids[place] = ids[place - 1];
+void score_row(const float* logits, long experts, float* scores) {
+    for (long e = 0; e < experts; e += LANES) store(scores + e, score(load_some(logits + e, experts - e)));
+}
+
+// What experts are chosen by, in whole vectors. Finite or more, for what is taken becomes less; NaN ranks highest.
+void rank(const float* scores, const float* bias, long experts, float* ranked) {
+    for (long e = 0; e < experts; e += LANES) {
+        floats v = load(scores + e);
+        if (bias) v += load_some(bias + e, experts - e);
+        v = v == v ? max(all(-FLT_MAX), v) : all(INFINITY);
+        store(ranked + e, v);
+    }
+    for (long e = experts; e % LANES; e++) ranked[e] = -INFINITY;
+}
+
+// The k best, best first, the lowest id first among equals. Overwrites `ranked`.
+void choose(float* ranked, long experts, long k, int64_t* ids) {
+    ints first;
+    for (int i = 0; i < LANES; i++) first[i] = i;
+    for (long i = 0; i < k; i++) {
+        floats best = load(ranked);
+        ints at = first, here = first;  // a later one of the same lane must be greater
+        for (long e = LANES; e < experts; e += LANES) {
+            const floats v = load(ranked + e);
+            here += LANES;
+            at = v > best ? here : at;
+            best = max(v, best);
         }
-        best[place] = ranked;
-        ids[place] = expert;
+        int lane = 0;
+        for (int l = 1; l < LANES; l++)
+            if (best[l] > best[lane] || (best[l] == best[lane] && at[l] < at[lane])) lane = l;
+        ids[i] = at[lane];
+        ranked[at[lane]] = -INFINITY;
     }
 }
 
@@ -119,7 +141,9 @@ struct Room {
     long held = -1;
 
     Room(const Experts& all, long most)
-        : rows(new float[most * all.hidden()]), gate(new float[most * SPAN]), up(new float[most * (SPAN + PANEL) + LANES]) {}
+        : rows(new float[most * all.hidden()]),
+          gate(new float[most * SPAN]),
+          up(new float[most * (SPAN + PANEL) + LANES]) {}
 };
 
 const float* gathered(const Experts& all, const Block& block, Room& room) {
@@ -141,8 +165,8 @@ void activate(const Experts& all, const float* weights, const Block& block, long
     const long begin = first * PANEL, end = std::min(last * PANEL, all.inner());
     const long up_first = (all.inner() + begin) / PANEL, up_last = (all.inner() + end + PANEL - 1) / PANEL;
     const long up_at = all.inner() + begin - up_first * PANEL;
-    multiply_block(weight, first, last, x, all.hidden(), block.rows, room.gate.get(), SPAN);
-    multiply_block(weight, up_first, up_last, x, all.hidden(), block.rows, room.up.get(), SPAN + PANEL);
+    multiply_rows(weight, first, last, x, all.hidden(), block.rows, room.gate.get(), SPAN);
+    multiply_rows(weight, up_first, up_last, x, all.hidden(), block.rows, room.up.get(), SPAN + PANEL);
     for (long r = 0; r < block.rows; r++) {
         const float* const gate = room.gate.get() + r * SPAN;
         const float* const up = room.up.get() + r * (SPAN + PANEL) + up_at;
@@ -158,8 +182,8 @@ void add_down(const Experts& all, const Block* blocks, long count, long first, l
     const long width = all.down.outputs, columns = std::min(last * PANEL, width) - first * PANEL;
     for (long b = 0; b < count; b++) {
         const Block& block = blocks[b];
-        multiply_block(of_expert(all.down, block.expert), first, last,
-                       hidden + (block.first - blocks[0].first) * all.stride(), all.stride(), block.rows, product, SPAN);
+        const float* const rows = hidden + (block.first - blocks[0].first) * all.stride();
+        multiply_rows(of_expert(all.down, block.expert), first, last, rows, all.stride(), block.rows, product, SPAN);
         for (long r = 0; r < block.rows; r++) {
             float* const to = out + all.token(block.first + r) * width + first * PANEL;
             for (long c = 0; c < columns; c++) to[c] += product[r * SPAN + c];
@@ -173,8 +197,8 @@ void run(const Experts& all, const float* weights, const Block* blocks, long cou
     const long panels = (all.inner() + PANEL - 1) / PANEL, down_panels = all.down.panels();
     const long group = panels_of_task(panels, count, threads), down_group = panels_of_task(down_panels, 1, threads);
     const long groups = (panels + group - 1) / group, down_groups = (down_panels + down_group - 1) / down_group;
-    const double work = 3.0 * (blocks[count - 1].first + blocks[count - 1].rows - blocks[0].first) * all.hidden() *
-                        all.inner();
+    const long rows = blocks[count - 1].first + blocks[count - 1].rows - blocks[0].first;
+    const double work = 3.0 * rows * all.hidden() * all.inner();
 #pragma omp parallel num_threads((int)threads) if (threads > 1 && work > SPLIT_FROM)
     {
         Room room(all, most);
@@ -187,8 +211,8 @@ void run(const Experts& all, const float* weights, const Block* blocks, long cou
         }
 #pragma omp for schedule(dynamic, 1)
         for (long task = 0; task < down_groups; task++) {
-            const long first = task * down_group;
-            add_down(all, blocks, count, first, std::min(first + down_group, down_panels), hidden, room.gate.get(), out);
+            const long first = task * down_group, last = std::min(first + down_group, down_panels);
+            add_down(all, blocks, count, first, last, hidden, room.gate.get(), out);
         }
     }
 }
@@ -201,35 +225,33 @@ extern "C" {
 void thalweg_route(const float* logits, const float* bias, long tokens, long experts, long k, float scale, long given,
                    int64_t* ids, float* weights, long threads) {
     const long padded = (experts + LANES - 1) / LANES * LANES;
-#pragma omp parallel num_threads((int)threads) if (threads > 1 && tokens > 1 && tokens * experts > LOGITS_SPLIT)
-    {
-        std::unique_ptr<float[]> scores(new float[padded + k]);
-#pragma omp for schedule(static)
-        for (long token = 0; token < tokens; token++) {
-            for (long e = 0; e < experts; e += LANES)
-                store(scores.get() + e, score(load_some(logits + token * experts + e, experts - e, 0.0f)));
+    each((tokens + TOKENS_OF_TASK - 1) / TOKENS_OF_TASK, threads, tokens * experts > LOGITS_SPLIT, [=](long task) {
+        std::unique_ptr<float[]> scores(new float[2 * padded]);
+        const long end = std::min((task + 1) * TOKENS_OF_TASK, tokens);
+        for (long token = task * TOKENS_OF_TASK; token < end; token++) {
+            score_row(logits + token * experts, experts, scores.get());
             int64_t* const chosen = ids + token * k;
-            if (!given) choose(scores.get(), bias, experts, k, chosen, scores.get() + padded);
+            if (!given) {
+                rank(scores.get(), bias, experts, scores.get() + padded);
+                choose(scores.get() + padded, experts, k, chosen);
+            }
             float total = 0.0f;
             for (long i = 0; i < k; i++) total += scores[chosen[i]];
             for (long i = 0; i < k; i++) weights[token * k + i] = scores[chosen[i]] / total * scale;
         }
-    }
+    });
 }
 
 void thalweg_swiglu(const float* gate, const float* up, long count, float limit, float* out, long threads) {
     const long tasks = (count + ELEMENTS_OF_TASK - 1) / ELEMENTS_OF_TASK;
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1 && tasks > 3)
-    for (long task = 0; task < tasks; task++) {
+    each(tasks, threads, tasks > 3, [=](long task) {
         const long end = std::min((task + 1) * ELEMENTS_OF_TASK, count);
-        for (long i = task * ELEMENTS_OF_TASK; i < end; i += LANES) {
-            const floats result = swiglu(load_some(gate + i, end - i, 0.0f), load_some(up + i, end - i, 0.0f), limit);
-            if (end - i >= LANES)
-                store(out + i, result);
-            else
-                memcpy(out + i, &result, 4 * (end - i));
-        }
-    }
+        long i = task * ELEMENTS_OF_TASK;
+        for (; i + LANES <= end; i += LANES) store(out + i, swiglu(load(gate + i), load(up + i), limit));
+        if (i == end) return;
+        const floats rest = swiglu(load_some(gate + i, end - i), load_some(up + i, end - i), limit);
+        memcpy(out + i, &rest, 4 * (end - i));
+    });
 }
 
 // out [tokens, hidden] from x [tokens, hidden], ids and weights [tokens, chosen], packed weights of all experts.

@@ -2,6 +2,7 @@
 // as kernels/reference/quantize.py makes them. Block by block on buffers of whole vectors, padded with zeros.
 #include <algorithm>
 
+#include "tasks.h"
 #include "vector.h"
 
 using namespace thalweg;
@@ -43,15 +44,11 @@ inline float power(uint8_t exponent) {
 }
 
 inline floats magnitude(floats x) { return (floats)((words)x & 0x7FFFFFFFu); }
-inline floats limited(floats x) {  // NaN stays
-    x = x > all(LARGEST) ? all(LARGEST) : x;
-    return x < all(-LARGEST) ? all(-LARGEST) : x;
-}
+inline floats limited(floats x) { return max(all(-LARGEST), min(all(LARGEST), x)); }  // bounds first: NaN stays NaN
 
 // Codes of the nearest e4m3, ties to even, at most 448 in magnitude; 0x7F for NaN.
 inline words to_e4m3(floats x) {
-    floats a = magnitude(x);
-    a = a > all(E4M3_MOST) ? all(E4M3_MOST) : a;
+    const floats a = min(all(E4M3_MOST), magnitude(x));
     const words bits = (words)a;
     const words normal = ((bits + 0x7FFFFu + (bits >> 20 & 1u)) >> 20) - (120u << 3);
     const words small = (words)(a + 0x1p14f) - (words)all(0x1p14f);  // below 2^-6 steps are 2^-9, the last bit of 2^14
@@ -87,17 +84,13 @@ inline floats from_e2m1(words code) {
 // The largest magnitude after limiting. NaN is left out, or is the result if `nan_wins`.
 template <bool nan_wins>
 inline float largest_of(const float* x, long padded) {
-    floats most{};
-    ints nan{};
+    floats most{}, trace{};  // of finite numbers none, of a NaN itself
     for (long i = 0; i < padded; i += LANES) {
         const floats a = magnitude(limited(load(x + i)));
-        nan |= (ints)(a != a);
         most = a > most ? a : most;
+        if (nan_wins) trace += a - a;
     }
-    if (nan_wins)
-        for (int i = 0; i < LANES; i++)
-            if (nan[i]) return __builtin_nanf("");
-    return largest(most);
+    return nan_wins ? largest(most) + sum(trace) : largest(most);
 }
 
 inline float kv_scale(const float* block) {
@@ -279,22 +272,32 @@ void pack_fp4_index(const Element* row, Shape shape, uint8_t* to) {
     }
 }
 
+// Low and high nibbles of LANES pairs, one after the other.
+inline void halves(words pairs, words* codes) {
+    ints first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i / 2 + i % 2 * LANES;
+        second[i] = first[i] + LANES / 2;
+    }
+    codes[0] = __builtin_shuffle(pairs & 15u, pairs >> 4, first);
+    codes[1] = __builtin_shuffle(pairs & 15u, pairs >> 4, second);
+}
+
 void unpack_fp4_index(const uint8_t* row, Shape shape, float* to) {
     float values[INDEX_BLOCK];
-    uint32_t codes[INDEX_BLOCK];
     uint8_t pairs[INDEX_BLOCK / 2] = {};
+    uint32_t wide[INDEX_BLOCK / 2];
     for (long at = 0; at < shape.width; at += INDEX_BLOCK) {
         const long count = std::min(INDEX_BLOCK, shape.width - at);
         const float scale = power(row[shape.width / 2 + at / INDEX_BLOCK]);
         memcpy(pairs, row + at / 2, count / 2);
-        for (long i = 0; i < INDEX_BLOCK / 2; i++) {
-            codes[2 * i] = pairs[i] & 15;
-            codes[2 * i + 1] = pairs[i] >> 4;
-        }
-        for (long i = 0; i < INDEX_BLOCK; i += LANES) {
-            words part;
-            memcpy(&part, codes + i, sizeof part);
-            store(values + i, from_e2m1(part) * scale);
+        for (long i = 0; i < INDEX_BLOCK / 2; i++) wide[i] = pairs[i];
+        for (long i = 0; i < INDEX_BLOCK / 2; i += LANES) {
+            words part, codes[2];
+            memcpy(&part, wide + i, sizeof part);
+            halves(part, codes);
+            store(values + 2 * i, from_e2m1(codes[0]) * scale);
+            store(values + 2 * i + LANES, from_e2m1(codes[1]) * scale);
         }
         memcpy(to + at, values, 4 * count);
     }
@@ -322,12 +325,12 @@ void hadamard(float* x, long size, long padded) {
         store(x + i, v);
     }
     for (long step = LANES; step < size; step *= 2)
-        for (long i = 0; i < size; i += LANES) {
-            if (i & step) continue;
-            const floats low = load(x + i), high = load(x + i + step);
-            store(x + i, low + high);
-            store(x + i + step, low - high);
-        }
+        for (long from = 0; from < size; from += 2 * step)
+            for (long i = from; i < from + step; i += LANES) {
+                const floats low = load(x + i), high = load(x + i + step);
+                store(x + i, low + high);
+                store(x + i + step, low - high);
+            }
     const float norm = (float)(1.0 / std::sqrt((double)size));
     for (long i = 0; i < padded; i += LANES) store(x + i, load(x + i) * norm);
 }
@@ -392,13 +395,6 @@ void unpack(const uint8_t* row, Shape shape, long format, float* to) {
         for (long i = 0; i < shape.width; i++) to[i] = from_bfloat16(((const uint16_t*)row)[i]);
 }
 
-template <class Row>
-inline void each_row(long rows, long width, long threads, Row work) {
-    const bool split = threads > 1 && rows > 1 && rows * width > SPLIT_FROM;
-#pragma omp parallel for schedule(static) num_threads((int)threads) if (split)
-    for (long row = 0; row < rows; row++) work(row);
-}
-
 }  // namespace
 
 extern "C" {
@@ -407,7 +403,7 @@ extern "C" {
 void thalweg_store_rows(const void* rows, long narrow, long count, const int64_t* slots, uint8_t* data, long stride,
                         long format, long width, long rope, long threads) {
     const Shape shape{width, rope};
-    each_row(count, width, threads, [=](long i) {
+    each(count, threads, count * width > SPLIT_FROM, [=](long i) {
         uint8_t* const to = data + slots[i] * stride;
         if (narrow)
             pack((const uint16_t*)rows + i * width, shape, format, to);
@@ -420,14 +416,14 @@ void thalweg_store_rows(const void* rows, long narrow, long count, const int64_t
 void thalweg_read_rows(const uint8_t* data, long stride, const int64_t* slots, long count, long format, long width,
                        long rope, float* out, long threads) {
     const Shape shape{width, rope};
-    each_row(count, width, threads,
-             [=](long i) { unpack(data + slots[i] * stride, shape, format, out + i * width); });
+    each(count, threads, count * width > SPLIT_FROM,
+         [=](long i) { unpack(data + slots[i] * stride, shape, format, out + i * width); });
 }
 
 // out [count, width]: rows [count, width] as packing in `format` and reading back give them; fp4 rotates them first.
 void thalweg_round_rows(const float* rows, long count, long format, long width, long rope, float* out, long threads) {
     const Shape shape{width, rope};
-    each_row(count, width, threads, [=](long i) {
+    each(count, threads, count * width > SPLIT_FROM, [=](long i) {
         const float* const row = rows + i * width;
         float* const to = out + i * width;
         if (format == FP8_KV)
