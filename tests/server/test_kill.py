@@ -1,4 +1,4 @@
-"""The whole server killed with SIGKILL while it reads prompts and writes records, and started again on its directory."""
+"""The whole server killed while it reads prompts and writes records, and started again on the same directory."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ class Trial:
                     server.process.terminate()
                     server.process.wait(20)
                     break
-                prompts = [self.new_prompt() for _ in range(self.prompts)] + self.chance.sample(prompts, min(2, len(prompts)))
+                prompts = [self.new_prompt() for _ in range(self.prompts)] + self.chance.sample(
+                    prompts, min(2, len(prompts))
+                )
                 before = self.kill_while_busy(server, prompts)
         verify(self.directory)
 

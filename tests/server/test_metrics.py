@@ -38,3 +38,10 @@ def test_every_tier_has_its_bytes_records_and_counters() -> None:
 
 def test_without_tiers_there_is_nothing_to_show() -> None:
     assert samples(()) == {}
+
+
+def test_what_rises_and_falls_is_no_counter() -> None:
+    gauges = EngineGauges(0, 0, (), {"cached_units": 7, "evicted_units": 3})
+    text = RequestMetrics(lambda: gauges).exposition().decode()
+    types = {f.name: f.type for f in text_string_to_metric_families(text)}
+    assert types["thalweg_engine_cached_units"] == "gauge" and types["thalweg_engine_evicted_units"] == "counter"
