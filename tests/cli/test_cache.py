@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -215,6 +217,7 @@ def test_a_server_tolerates_what_the_commands_do(tmp_path: Path) -> None:
         (["rm", "/nonexistent", "--older-than", "7"], "is no duration"),
         (["rm", "/nonexistent", "--namespace", "%"], "is not the beginning"),
         (["gc", "/nonexistent", "--to", "many"], "to: 'many' is not a number of bytes"),
+        (["import", "/nonexistent.tar", "/nonexistent", "--kv-disk-space", "8MiB"], "/nonexistent.tar is no file"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], words: str) -> None:
@@ -225,3 +228,25 @@ def test_a_damaged_catalogue_is_named(tmp_path: Path) -> None:
     fill(tmp_path)
     (tmp_path / CATALOGUE_NAME).write_bytes(b"garbage" * 1000)
     assert "the next server that starts with it rebuilds it" in run("cache", "ls", str(tmp_path), ok=False)
+
+
+def test_a_catalogue_that_cannot_be_opened_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path)
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    monkeypatch.setattr("thalweg.memory.folder.Catalogue", mock.Mock(side_effect=error))
+    said = run("cache", "ls", str(tmp_path), ok=False)
+    assert "database is locked" in said and "rebuilds" not in said
+
+
+def test_an_archive_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "cache")
+    nowhere = str(tmp_path / "nowhere" / "a.tar")
+    assert nowhere in run("cache", "export", nowhere, str(tmp_path / "cache"), ok=False)
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("tarfile.TarFile.addfile", full)
+    said = run("cache", "export", str(tmp_path / "a.tar"), str(tmp_path / "cache"), ok=False)
+    assert "a.tar" in said and "No space left" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

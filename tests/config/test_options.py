@@ -61,6 +61,7 @@ def test_few_options() -> None:
         ({"window_policy": "interval:0"}, "window_policy", "interval:K"),
         ({"window_policy": "interval"}, "window_policy", "interval:K"),
         ({"kv_disk_space": "much"}, "kv_disk_space", "4GiB"),
+        ({"kv_disk_dir": ""}, "kv_disk_dir", "empty"),
         ({"shadow_rate": 1.5}, "shadow_rate", "between 0 and 1"),
         ({"shadow_rate": "often"}, "shadow_rate", "not a number"),
     ],

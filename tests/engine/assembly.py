@@ -185,3 +185,28 @@ class CountingRunner:
             raise RuntimeError("injected failure")
         sampling = [item for item in plan.sequences if item.samples]
         return StepResult({i.request_id: SampledToken(2 + i.end % (self._vocabulary - 2)) for i in sampling})
+
+
+MODELS = Models()
+
+
+def model_engine(fields: dict[str, Any], shape: Shape, units: int = 0, **rest: Any) -> Engine:
+    """An engine over a random model, started; with `units`, its compressed pools hold only so many."""
+    runner, plan = MODELS.runner(fields, shape, rest.pop("sampler", None))
+    if units:
+        small = {spec.group: (units if spec.compressed else plan.pool_blocks[spec.group]) for spec in plan.groups}
+        plan = CachePlan(plan.groups, plan.layout, small, plan.max_running)
+    return engine_of(fields, runner, plan, shape, **rest)
+
+
+def cold_outcomes(fields: dict[str, Any], prompts: SequenceOf[SequenceOf[int]], **sampling: Any) -> list[Outcome]:
+    """Each prompt alone, in one chunk, without any cache."""
+    engine = model_engine(fields, Shape(max_step_tokens=1024, prefix_caching=False))
+    outcomes = [answer(engine, str(i), prompt, **sampling) for i, prompt in enumerate(prompts)]
+    engine.close()
+    return outcomes
+
+
+def cold_answers(fields: dict[str, Any], prompts: SequenceOf[SequenceOf[int]], **sampling: Any) -> list[list[int]]:
+    """The tokens of `cold_outcomes`."""
+    return [outcome.tokens for outcome in cold_outcomes(fields, prompts, **sampling)]

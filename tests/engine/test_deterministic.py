@@ -8,11 +8,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.engine.assembly import Models, RecordingSampler, Shape, answer, engine_of, prompt_of, submit
+from tests.engine.assembly import MODELS, RecordingSampler, Shape, answer, engine_of, prompt_of, submit
 from tests.model.fields import GEOMETRIES
 from thalweg.engine.engine import Engine
 
-MODELS = Models()
 EVERY_LENGTH = (*range(1, 6), *range(123, 134), *range(251, 262), *range(508, 517))
 LENGTHS = (1, 4, 5, 127, 128, 129, 251, 256, 257, 511, 516)
 BUDGETS = (16, 129, 1024)

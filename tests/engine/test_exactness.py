@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.engine.assembly import Models, Outcome, Shape, answer, engine_of, prompt_of, submit
-from thalweg.engine.engine import Engine
+from tests.engine.assembly import MODELS, Shape, answer, cold_answers, engine_of, model_engine, prompt_of, submit
 
-MODELS = Models()
 LENGTHS = (1, 5, 123, 127, 128, 129, 133, 251, 256, 257, 300, 508, 512, 516)
-
-
-def make(fields: dict, shape: Shape) -> Engine:
-    runner, plan = MODELS.runner(fields, shape)
-    return engine_of(fields, runner, plan, shape)
-
-
-def cold_answers(fields: dict, prompts: list[list[int]]) -> list[list[int]]:
-    """Each prompt alone, in one chunk, without any cache."""
-    engine = make(fields, Shape(max_step_tokens=1024, prefix_caching=False))
-    answers = [answer(engine, str(i), prompt).tokens for i, prompt in enumerate(prompts)]
-    engine.close()
-    return answers
 
 
 def test_same_tokens_alone_batched_chunked_cached_and_with_neighbours_cancelled(fields: dict) -> None:
     prompts = [prompt_of(i, length) for i, length in enumerate(LENGTHS)]
     expected = cold_answers(fields, prompts)
     for step_tokens in (16, 129, 1024):
-        engine = make(fields, Shape(max_step_tokens=step_tokens))
+        engine = model_engine(fields, Shape(max_step_tokens=step_tokens))
         outcomes = [submit(engine, f"{i}", prompt) for i, prompt in enumerate(prompts)]
         doomed = [submit(engine, f"doomed {i}", prompt_of(50 + i, 200), max_tokens=200) for i in range(3)]
         assert doomed[0].started.wait(60)
@@ -49,7 +34,7 @@ def test_resuming_at_every_unit_equals_cold(fields: dict) -> None:
     base = prompt_of(7, 5 * 128)
     prompts = [base[: 128 * n] + prompt_of(60 + n, 37) for n in range(6)]
     expected = cold_answers(fields, prompts)
-    engine = make(fields, Shape(max_step_tokens=200, checkpoint_interval=128))
+    engine = model_engine(fields, Shape(max_step_tokens=200, checkpoint_interval=128))
     answer(engine, "base", base)
     outcomes = [answer(engine, str(n), prompt) for n, prompt in enumerate(prompts)]
     engine.close()
@@ -59,7 +44,7 @@ def test_resuming_at_every_unit_equals_cold(fields: dict) -> None:
 
 def test_a_conversation_resumes_at_the_end_of_its_output(fields: dict) -> None:
     first, more = prompt_of(1, 250), prompt_of(2, 20)
-    engine = make(fields, Shape())
+    engine = model_engine(fields, Shape())
     said = answer(engine, "turn 1", first, max_tokens=140).tokens
     second = answer(engine, "turn 2", [*first, *said, *more])
     engine.close()
@@ -81,7 +66,7 @@ def test_preemption_does_not_change_the_output(fields: dict) -> None:
     assert all(o.done.wait(120) for o in outcomes)
     preemptions = sum(o.last.usage.preemptions for o in outcomes)
     engine.close()
-    free = make(fields, Shape(prefix_caching=False))
+    free = model_engine(fields, Shape(prefix_caching=False))
     expected = [answer(free, str(i), prompt, max_tokens=70).tokens for i, prompt in enumerate(prompts)]
     free.close()
     assert preemptions > 0
@@ -103,7 +88,7 @@ def test_a_b_a_in_a_cache_too_small_for_both(fields: dict) -> None:
 
 def test_tenants_never_share(fields: dict) -> None:
     prompt = prompt_of(5, 400)
-    engine = make(fields, Shape())
+    engine = model_engine(fields, Shape())
     outcomes = [answer(engine, f"{i}", prompt, cache_salt=salt) for i, salt in enumerate(("a", "b", "a", "b"))]
     engine.close()
     assert [o.last.usage.cached_tokens for o in outcomes] == [0, 0, 384, 384]
@@ -114,10 +99,10 @@ def test_quantization_simulation_holds_over_the_cache(fields: dict) -> None:
     """What was stored rounded reads back as it was attended: warm = cold in this mode too, and it is another mode."""
     prompt = prompt_of(9, 520)
     shape = Shape(simulate_quantization=True, max_step_tokens=100)
-    engine = make(fields, shape)
-    outcomes: list[Outcome] = [answer(engine, f"{i}", prompt, logprobs=0) for i in range(2)]
+    engine = model_engine(fields, shape)
+    outcomes = [answer(engine, f"{i}", prompt, logprobs=0) for i in range(2)]
     engine.close()
-    exact = make(fields, Shape(max_step_tokens=100))
+    exact = model_engine(fields, Shape(max_step_tokens=100))
     plain = answer(exact, "plain", prompt, logprobs=0)
     exact.close()
     assert outcomes[0].tokens == outcomes[1].tokens

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.assembly import Models, Shape, answer, engine_of, prompt_of
+from tests.engine.assembly import Shape, answer, model_engine, prompt_of
 from tests.model.fields import GEOMETRIES
 from tests.model.geometries import config_of, engine_weights
 from tests.model.paging import PagedSequences
@@ -14,7 +14,6 @@ from thalweg.cache.policy import CheckpointPolicy
 from thalweg.checkpoint.reader import open_checkpoint
 from thalweg.config.model_parse import default_model
 from thalweg.config.options import EngineOptions
-from thalweg.engine.engine import Engine
 from thalweg.engine.request import Sequence
 from thalweg.engine.runtime import build_runtime, namespaces
 from thalweg.errors import ConfigError
@@ -27,22 +26,16 @@ from thalweg.types import GenerateRequest
 
 FLOAT32, BFLOAT16, FP8, FP4 = RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.FP8, RowFormat.FP4
 FORMATS = [(FP8, FP4), (FP8, FP8), (BFLOAT16, BFLOAT16), (FLOAT32, FP4)]
-MODELS = Models()
 TOKENS = 270
-
-
-def make(fields: dict, shape: Shape) -> Engine:
-    runner, plan = MODELS.runner(fields, shape)
-    return engine_of(fields, runner, plan, shape)
 
 
 @pytest.mark.parametrize(("kv", "index"), FORMATS)
 def test_the_same_tokens_cold_chunked_and_cached(fields: dict, kv: RowFormat, index: RowFormat) -> None:
     prompts = [prompt_of(i, length) for i, length in enumerate((129, 390))]
-    engine = make(fields, Shape(max_step_tokens=1024, prefix_caching=False, kv=kv, index=index))
+    engine = model_engine(fields, Shape(max_step_tokens=1024, prefix_caching=False, kv=kv, index=index))
     expected = [answer(engine, str(i), prompt, max_tokens=5).tokens for i, prompt in enumerate(prompts)]
     engine.close()
-    engine = make(fields, Shape(max_step_tokens=100, kv=kv, index=index))
+    engine = model_engine(fields, Shape(max_step_tokens=100, kv=kv, index=index))
     for turn in range(2):
         hits = (128, 384) if turn else (0, 0)
         outcomes = [answer(engine, f"{turn} {i}", prompt, max_tokens=5) for i, prompt in enumerate(prompts)]
@@ -101,6 +94,16 @@ def test_cached_rows_of_two_formats_never_mix() -> None:
     policy, kernels = CheckpointPolicy(128, 0), select_kernels(torch.device("cpu"))
     names = {namespaces(checkpoint, one, policy, kernels)(sequence).own for one in numerics}
     assert len(names) == len(set(numerics)) == 2 * (12 + 8)  # fp8 with fp4 is the same with and without simulation
+
+
+def test_rows_of_another_byte_layout_are_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, numerics = open_checkpoint(default_model()), Numerics.serving(torch.float32, FLOAT32, FLOAT32)
+    sequence = Sequence(GenerateRequest("r", np.array([1, 2], np.int32)), lambda event: None, 1, 0.0)
+    policy, kernels, names = CheckpointPolicy(128, 0), select_kernels(torch.device("cpu")), set()
+    for version in (1, 2):
+        monkeypatch.setattr("thalweg.engine.runtime.LAYOUT_VERSION", version)
+        names.add(namespaces(checkpoint, numerics, policy, kernels)(sequence).own)
+    assert len(names) == 2
 
 
 def test_the_length_alone_does_not_change_the_pools() -> None:

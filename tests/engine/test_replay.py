@@ -5,30 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.assembly import Models, Outcome, Shape, answer, engine_of, prompt_of
+from tests.engine.assembly import Outcome, Shape, answer, cold_outcomes, model_engine, prompt_of
 from thalweg.cache.policy import WindowPolicy, exact_replay_tokens
 from thalweg.config.model_parse import parse_model_config
-from thalweg.engine.engine import Engine
 from thalweg.types import MissReason, TokenEvent
 
-MODELS = Models()
 UNIT = 128
-
-
-def make(fields: dict, shape: Shape) -> Engine:
-    runner, plan = MODELS.runner(fields, shape)
-    return engine_of(fields, runner, plan, shape)
 
 
 def logprobs(outcome: Outcome) -> list[float]:
     return [t.logprob or 0.0 for e in outcome.events if isinstance(e, TokenEvent) for t in e.tokens]
-
-
-def cold_answers(fields: dict, prompts: list[list[int]]) -> list[Outcome]:
-    engine = make(fields, Shape(max_step_tokens=1024, prefix_caching=False))
-    answers = [answer(engine, str(i), prompt, logprobs=0) for i, prompt in enumerate(prompts)]
-    engine.close()
-    return answers
 
 
 @pytest.mark.parametrize(("policy", "step_tokens"), [(WindowPolicy.EXACT_REPLAY, 100), (WindowPolicy.BOUNDARY, 1024)])
@@ -38,9 +24,9 @@ def test_a_replay_rebuilds_exactly_what_a_cold_run_has(fields: dict, policy: Win
     base = prompt_of(7, 11 * UNIT + 50)
     cuts = [cut for cut in (replay // UNIT, replay // UNIT + 1, 8, 11) if cut * UNIT > 0]
     prompts = [base[: UNIT * n + 5] + prompt_of(60 + n, 70) for n in cuts] + [base]
-    expected = cold_answers(fields, prompts)
+    expected = cold_outcomes(fields, prompts, logprobs=0)
     for number, (prompt, cold) in enumerate(zip(prompts, expected, strict=True)):
-        engine = make(fields, Shape(max_step_tokens=step_tokens, checkpoint_interval=0, policy=policy))
+        engine = model_engine(fields, Shape(max_step_tokens=step_tokens, checkpoint_interval=0, policy=policy))
         answer(engine, "base", base)
         warm = answer(engine, "warm", prompt, logprobs=0)
         again = answer(engine, "again", prompt, logprobs=0)
@@ -63,7 +49,7 @@ def test_a_replayed_branch_is_kept_for_the_next_one(fields: dict) -> None:
     """Under the default policy a replay ends with a checkpoint: the next branch there computes only its own tokens."""
     replay = exact_replay_tokens(parse_model_config(fields))
     base = prompt_of(7, 10 * UNIT + 50)
-    engine = make(fields, Shape(checkpoint_interval=0))
+    engine = model_engine(fields, Shape(checkpoint_interval=0))
     answer(engine, "base", base)
     reports = [answer(engine, f"{i}", base[: 8 * UNIT + 9] + prompt_of(i, 60)).last.usage.cache for i in range(2)]
     engine.close()
@@ -81,7 +67,7 @@ def test_policies_keep_what_they_say(fields: dict) -> None:
         (WindowPolicy.EXACT_REPLAY, 0),
         (WindowPolicy.BOUNDED_REPLAY, 0),
     ):
-        engine = make(fields, Shape(policy=policy, checkpoint_interval=interval, replay=False))
+        engine = model_engine(fields, Shape(policy=policy, checkpoint_interval=interval, replay=False))
         answer(engine, "base", base)
         made[policy] = sum(n.checkpoint is not None for n in engine._scheduler.coordinator.index.units())
         engine.close()
@@ -90,7 +76,7 @@ def test_policies_keep_what_they_say(fields: dict) -> None:
 
 def test_bounded_replay_is_named_and_stays_apart(fields: dict) -> None:
     base = prompt_of(7, 9 * UNIT + 50)
-    engine = make(fields, Shape(policy=WindowPolicy.BOUNDED_REPLAY))
+    engine = model_engine(fields, Shape(policy=WindowPolicy.BOUNDED_REPLAY))
     first, second = (answer(engine, name, base) for name in ("first", "second"))
     engine.close()
     assert first.last.usage.cache.approximation is None
@@ -103,8 +89,8 @@ def test_a_request_that_gives_way_in_the_middle_of_a_replay(fields: dict) -> Non
     """Cancelled and asked again after some of the replay: nothing wrong was published on the way."""
     base = prompt_of(7, 11 * UNIT + 50)
     prompt = base[: 9 * UNIT + 3] + prompt_of(1, 300)
-    (expected,) = cold_answers(fields, [prompt])
-    engine = make(fields, Shape(max_step_tokens=40, checkpoint_interval=0))
+    (expected,) = cold_outcomes(fields, [prompt], logprobs=0)
+    engine = model_engine(fields, Shape(max_step_tokens=40, checkpoint_interval=0))
     answer(engine, "base", base)
     for attempt in range(3):
         from tests.engine.assembly import submit

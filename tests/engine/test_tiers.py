@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.assembly import Models, Outcome, RecordingSampler, Shape, answer, engine_of, prompt_of, submit
+from tests.engine.assembly import (
+    Outcome,
+    RecordingSampler,
+    Shape,
+    answer,
+    cold_answers,
+    model_engine,
+    prompt_of,
+    submit,
+)
 from tests.model.fields import GEOMETRIES
 from thalweg.cache.policy import WindowPolicy, exact_replay_tokens
 from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.engine import Engine
 from thalweg.engine.shadow import Shadow
-from thalweg.memory.capacity import CachePlan
 from thalweg.memory.disk import DiskTier
 from thalweg.memory.host import HostTier
 from thalweg.memory.layout import RowFormat
@@ -25,25 +33,8 @@ from thalweg.memory.record import Bytes, Record
 from thalweg.memory.tier import Found, Piece, Tier
 from thalweg.types import CacheReport, MissReason
 
-MODELS = Models()
 UNIT = 128
 SPACE = 64 << 20
-
-
-def make(fields: dict, shape: Shape, units: int = 0, **rest: Any) -> Engine:
-    """An engine; with `units`, its compressed pools hold only so many."""
-    runner, plan = MODELS.runner(fields, shape, rest.pop("sampler", None))
-    if units:
-        small = {spec.group: (units if spec.compressed else plan.pool_blocks[spec.group]) for spec in plan.groups}
-        plan = CachePlan(plan.groups, plan.layout, small, plan.max_running)
-    return engine_of(fields, runner, plan, shape, **rest)
-
-
-def cold_answers(fields: dict, prompts: list[list[int]], **sampling: Any) -> list[list[int]]:
-    engine = make(fields, Shape(max_step_tokens=1024, prefix_caching=False))
-    answers = [answer(engine, str(i), prompt, **sampling).tokens for i, prompt in enumerate(prompts)]
-    engine.close()
-    return answers
 
 
 def report_of(outcome: Outcome) -> CacheReport:
@@ -73,7 +64,7 @@ def test_rotation_larger_than_the_pools_comes_from_host_memory(fields: dict) -> 
     prompts = [prompt_of(seed, 6 * UNIT + 40) for seed in range(3)]
     expected = cold_answers(fields, prompts)
     host = HostTier(SPACE)
-    engine = make(fields, Shape(max_running=2), units=9, tiers={"host": host})
+    engine = model_engine(fields, Shape(max_running=2), units=9, tiers={"host": host})
     for rotation in range(3):
         for i, prompt in enumerate(prompts):
             outcome = answer(engine, f"{rotation} {i}", prompt)
@@ -93,16 +84,16 @@ def test_a_restart_hits_from_disk(fields: dict, tmp_path: Path, formats: tuple[R
     base = prompt_of(1, 11 * UNIT + 60)
     prompts = [base, [*base, *prompt_of(2, 150)], [*base[: 8 * UNIT + 3], *prompt_of(3, 90)]]
     shape = Shape(kv=formats[0], index=formats[1], checkpoint_interval=0)
-    cold = make(fields, Shape(kv=formats[0], index=formats[1], prefix_caching=False, max_step_tokens=1024))
+    cold = model_engine(fields, Shape(kv=formats[0], index=formats[1], prefix_caching=False, max_step_tokens=1024))
     expected = [answer(cold, str(i), prompt).tokens for i, prompt in enumerate(prompts)]
     cold.close()
     replay = exact_replay_tokens(parse_model_config(fields))
-    first = make(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
+    first = model_engine(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
     answer(first, "base", base)
     first.close()
     reports = []
     for prompt, tokens in zip(prompts, expected, strict=True):
-        engine = make(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
+        engine = model_engine(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
         outcome = answer(engine, "again", prompt)
         check(engine)
         engine.close()
@@ -119,15 +110,17 @@ def test_restored_rows_have_the_bits_of_a_cold_run(fields: dict, tmp_path: Path)
     prompts = [base, [*base[: 7 * UNIT + 3], *prompt_of(3, 90)]]
     shape = Shape(deterministic=True, checkpoint_interval=0, max_step_tokens=300)
     reference = RecordingSampler()
-    cold = make(fields, Shape(deterministic=True, prefix_caching=False, max_step_tokens=2048), sampler=reference)
+    cold = model_engine(
+        fields, Shape(deterministic=True, prefix_caching=False, max_step_tokens=2048), sampler=reference
+    )
     for i, prompt in enumerate(prompts):
         answer(cold, str(i), prompt)
     cold.close()
-    first = make(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
+    first = model_engine(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)})
     answer(first, "base", base)
     first.close()
     warm = RecordingSampler()
-    engine = make(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)}, sampler=warm)
+    engine = model_engine(fields, shape, tiers={"disk": DiskTier(tmp_path, SPACE)}, sampler=warm)
     reports = [report_of(answer(engine, str(i), prompt)) for i, prompt in enumerate(prompts)]
     engine.close()
     assert reports[0].disk_tokens == 9 * UNIT and reports[1].replayed_tokens > 0
@@ -139,7 +132,7 @@ def test_restored_rows_have_the_bits_of_a_cold_run(fields: dict, tmp_path: Path)
 def test_a_damaged_record_is_a_miss_with_its_reason(fields: dict, tmp_path: Path) -> None:
     prompt = prompt_of(1, 8 * UNIT + 60)
     (expected,) = cold_answers(fields, [prompt])
-    first = make(fields, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
+    first = model_engine(fields, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
     answer(first, "first", prompt)
     first.close()
     for path in tmp_path.rglob("r-*.kv"):
@@ -147,7 +140,7 @@ def test_a_damaged_record_is_a_miss_with_its_reason(fields: dict, tmp_path: Path
         data[-1] ^= 1
         path.write_bytes(data)
     disk = DiskTier(tmp_path, SPACE)
-    engine = make(fields, Shape(), tiers={"disk": disk})
+    engine = model_engine(fields, Shape(), tiers={"disk": disk})
     outcome = answer(engine, "damaged", prompt)
     assert outcome.tokens == expected
     assert (report_of(outcome).reason, report_of(outcome).cached_tokens) == (MissReason.LOAD_FAILED, 0)
@@ -162,18 +155,82 @@ def test_a_damaged_record_is_a_miss_with_its_reason(fields: dict, tmp_path: Path
 def test_salts_and_weights_never_mix_in_a_tier(tmp_path: Path) -> None:
     fields, other = GEOMETRIES["flash-like"], GEOMETRIES["pro-like"]
     prompt = prompt_of(1, 5 * UNIT + 60)
-    first = make(fields, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
+    first = model_engine(fields, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
     for salt in ("a", "b"):
         assert report_of(answer(first, salt, prompt, cache_salt=salt)).cached_tokens == 0
     first.close()
-    second = make(fields, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
+    second = model_engine(fields, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
     reports = {s: report_of(answer(second, s, prompt, cache_salt=s)) for s in ("a", "b", "c")}
     second.close()
     assert [reports[s].disk_tokens for s in "abc"] == [5 * UNIT, 5 * UNIT, 0]
-    third = make(other, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
+    third = model_engine(other, Shape(), tiers={"disk": DiskTier(tmp_path, SPACE)})
     report = report_of(answer(third, "x", prompt, cache_salt="other model a"))
     third.close()
     assert report.cached_tokens == 0
+
+
+def test_what_the_device_keeps_is_stored_anew_after_a_reset(tmp_path: Path) -> None:
+    fields, prompt = GEOMETRIES["flash-like"], prompt_of(1, 5 * UNIT + 60)
+    tiers: dict[str, Tier] = {"host": HostTier(SPACE), "disk": DiskTier(tmp_path, SPACE)}
+    engine = model_engine(fields, Shape(), tiers=tiers)
+    answer(engine, "first", prompt)
+    settled(engine)
+    engine.reset_prefix_cache(frozenset({"disk"}))
+    assert tiers["disk"].usage().rows_records == 0
+    outcome = answer(engine, "again", prompt)
+    settled(engine)
+    usages = [tier.usage() for tier in tiers.values()]
+    engine.close()
+    assert report_of(outcome).device_tokens == 5 * UNIT
+    assert all(usage.rows_records and usage.checkpoint_records for usage in usages)
+
+
+class Gated(HostTier):
+    """A host tier whose writes wait while its gate is closed."""
+
+    def __init__(self) -> None:
+        super().__init__(SPACE)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def write(self, record: Record) -> bool:
+        assert self.gate.wait(60)
+        return super().write(record)
+
+
+def test_nobody_waits_for_writes_to_be_admitted() -> None:
+    """Blocks that a slow tier has not written yet, but that are copied, are no reason to wait."""
+    fields, host = GEOMETRIES["flash-like"], Gated()
+    prompts = [prompt_of(seed, 6 * UNIT + 40) for seed in range(3)]
+    expected = cold_answers(fields, prompts)
+    engine = model_engine(fields, Shape(max_running=2), units=8, tiers={"host": host})
+    host.gate.clear()
+    outcomes = [answer(engine, str(i), prompt) for i, prompt in enumerate(prompts)]
+    host.gate.set()
+    check(engine)
+    engine.close()
+    assert [outcome.tokens for outcome in outcomes] == expected
+
+
+def test_a_load_takes_blocks_that_are_only_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields, host = GEOMETRIES["flash-like"], Gated()
+    prompt = prompt_of(1, 6 * UNIT + 40)
+    engine = model_engine(fields, Shape(max_running=2), tiers={"host": host})
+    answer(engine, "first", prompt)
+    settled(engine)
+    engine.reset_prefix_cache(frozenset({"device"}))
+    host.gate.clear()
+    answer(engine, "other", prompt_of(2, 6 * UNIT + 40))
+    tiering = engine._scheduler.tiering
+    begin_load = tiering.coordinator.begin_load
+    monkeypatch.setattr(
+        tiering.coordinator, "begin_load", lambda *a, **k: None if tiering._storing else begin_load(*a, **k)
+    )
+    outcome = answer(engine, "again", prompt)
+    host.gate.set()
+    check(engine)
+    engine.close()
+    assert report_of(outcome).host_tokens == 6 * UNIT
 
 
 class Trouble(HostTier):
@@ -220,7 +277,7 @@ def test_a_tier_in_trouble_costs_no_answer(what: str) -> None:
     prompts = [prompt_of(seed, 6 * UNIT + 40) for seed in range(2)]
     expected = cold_answers(fields, prompts)
     tier = Trouble(what)
-    engine = make(fields, Shape(max_running=2), units=8, tiers={"host": tier})
+    engine = model_engine(fields, Shape(max_running=2), units=8, tiers={"host": tier})
     for rotation in range(2):
         for i, prompt in enumerate(prompts):
             outcome = answer(engine, f"{rotation} {i}", prompt)
@@ -236,7 +293,7 @@ def test_requests_that_give_way_come_back_without_computing_again(fields: dict) 
     prompts = [prompt_of(i, 200) for i in range(3)]
     expected = cold_answers(fields, prompts, max_tokens=70)
     host = HostTier(SPACE)
-    engine = make(fields, Shape(max_running=3, prefix_caching=True), units=6, tiers={"host": host})
+    engine = model_engine(fields, Shape(max_running=3, prefix_caching=True), units=6, tiers={"host": host})
     outcomes = [submit(engine, str(i), prompt, max_tokens=70) for i, prompt in enumerate(prompts)]
     assert all(o.done.wait(120) for o in outcomes)
     settled(engine)
@@ -253,7 +310,7 @@ def test_without_room_in_host_memory_they_compute_again() -> None:
     fields = GEOMETRIES["narrow"]
     prompts = [prompt_of(i, 200) for i in range(3)]
     expected = cold_answers(fields, prompts, max_tokens=70)
-    engine = make(fields, Shape(max_running=3), units=6, tiers={"host": HostTier(1000)})
+    engine = model_engine(fields, Shape(max_running=3), units=6, tiers={"host": HostTier(1000)})
     outcomes = [submit(engine, str(i), prompt, max_tokens=70) for i, prompt in enumerate(prompts)]
     assert all(o.done.wait(120) for o in outcomes)
     counters = engine.status().counters
@@ -272,7 +329,7 @@ def test_a_request_cancelled_while_its_rows_are_loaded() -> None:
             time.sleep(0.3)
             return super().read_rows(piece, skip)
 
-    engine = make(fields, Shape(max_running=2), units=8, tiers={"host": Slow(SPACE)})
+    engine = model_engine(fields, Shape(max_running=2), units=8, tiers={"host": Slow(SPACE)})
     for i, prompt in enumerate(prompts):
         answer(engine, f"first {i}", prompt)
         settled(engine)
@@ -296,7 +353,7 @@ def test_every_policy_over_two_tiers(policy: WindowPolicy, tmp_path: Path) -> No
     expected = cold_answers(fields, prompts)
     tiers: dict[str, Tier] = {"host": HostTier(300_000), "disk": DiskTier(tmp_path, SPACE)}
     shape = Shape(max_running=2, policy=policy, checkpoint_interval=256)
-    engine = make(fields, shape, units=10, tiers=tiers)
+    engine = model_engine(fields, shape, units=10, tiers=tiers)
     outcomes = [answer(engine, str(i), prompt) for i, prompt in enumerate(prompts)]
     check(engine)
     engine.close()
@@ -309,7 +366,7 @@ def test_every_policy_over_two_tiers(policy: WindowPolicy, tmp_path: Path) -> No
 def test_shadow_runs_agree_and_notice_a_wrong_row() -> None:
     fields = GEOMETRIES["flash-like"]
     prompt = prompt_of(1, 5 * UNIT + 60)
-    engine = make(fields, Shape(), shadow=Shadow(1.0, lambda: 0.0))
+    engine = model_engine(fields, Shape(), shadow=Shadow(1.0, lambda: 0.0))
     answer(engine, "cold", prompt)
     answer(engine, "hit", prompt, temperature=1.0)
     settle(engine, lambda counters: counters.get("shadow_runs", 0) == 1)

@@ -29,7 +29,7 @@ from tests.memory.records import (
     rows,
 )
 from thalweg.errors import ConfigError
-from thalweg.memory.catalogue import LOG_BYTES
+from thalweg.memory.catalogue import LOG_BYTES, entry_of
 from thalweg.memory.disk import DiskTier
 from thalweg.memory.folder import CATALOGUE_NAME
 from thalweg.memory.record import FORMAT_VERSION, Record, RecordKind
@@ -246,6 +246,19 @@ def test_a_smaller_cap_is_kept_from_the_start(directory: Path) -> None:
     is_sound(tier, records)
     found = tier.find(digests).units
     assert found == len(held(tier)) > 5, "the end of the prompt went, not its beginning"
+    tier.close()
+
+
+def test_the_catalogue_of_a_far_larger_cache_shrinks_with_the_cap(directory: Path) -> None:
+    tier = DiskTier(directory, 1 << 30)
+    heads = [rows(chain(number, *range(200)), 0, 200, 1).head for number in range(1500)]
+    tier._folder.catalogue.add([entry_of(head, 4096, 0.0, durable=True) for head in heads])
+    tier.close()
+    assert directory_bytes(directory) > CAPACITY
+    tier = DiskTier(directory, CAPACITY)
+    assert directory_bytes(directory) <= CAPACITY and held(tier) == set()
+    assert tier.write(rows(chain(1), 0, 1, ROW)), "there is room again"
+    is_sound(tier, [rows(chain(1), 0, 1, ROW)])
     tier.close()
 
 

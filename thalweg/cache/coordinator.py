@@ -41,9 +41,7 @@ class Coordinator:
         self.index = PrefixIndex(policy.unit_tokens)
         self.fresh_checkpoints: deque[UnitNode] = deque(maxlen=_FRESH_KEPT)  # made since somebody last took them
         self.checkpoints_made: Counter[CheckpointReason] = Counter()
-        self.evicted: Counter[Group] = Counter()  # blocks, by the group that needed room
-        self.evicted_units = 0
-        self.evicted_checkpoints = 0
+        self.evicted: Counter[Group] = Counter()  # units or checkpoints, by the group that needed room
         self._compressed = tuple(s for s in groups if s.compressed)
         self._sliding = tuple(s for s in groups if not s.compressed)
         self._running: set[SequenceCache] = set()
@@ -426,7 +424,6 @@ class Coordinator:
             return False
         self._drop_unit(node)
         self.evicted[group] += 1
-        self.evicted_units += 1
         return True
 
     def _evict_checkpoint(self, group: Group) -> bool:
@@ -440,7 +437,6 @@ class Coordinator:
             return False
         self._drop_checkpoint(blocks)
         self.evicted[group] += 1
-        self.evicted_checkpoints += 1
         return True
 
     def _drop_unit(self, node: UnitNode) -> None:
@@ -464,6 +460,14 @@ class Coordinator:
         return count * self.policy.unit_tokens
 
     # -- reports ----------------------------------------------------------------------------------------------
+
+    @property
+    def evicted_units(self) -> int:
+        return sum(self.evicted[spec.group] for spec in self._compressed)
+
+    @property
+    def evicted_checkpoints(self) -> int:
+        return sum(self.evicted[spec.group] for spec in self._sliding)
 
     def usage(self) -> tuple[GroupUsage, ...]:
         return tuple(

@@ -113,15 +113,10 @@ def export(
     if file.exists() and not force:
         raise ConfigError(f"{file} exists; use --force to replace it", param="file")
     where, values = _condition(namespace)
-    temporary = file.with_name(file.name + ".tmp")
     written: Counter[str] = Counter()
-    with _opened(directory, kv_disk_dir) as folder, temporary.open("wb") as stream:
-        with tarfile.open(fileobj=stream, mode="w") as archive:
-            for entry in _shown("exporting", folder.catalogue.entries(where, *values)):
-                _export(folder, entry, archive, written)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    with _opened(directory, kv_disk_dir) as folder, _archive(file) as archive:
+        for entry in _shown("exporting", folder.catalogue.entries(where, *values)):
+            _export(folder, entry, archive, written)
     print(f"{written['records']:,} records, {written['bytes']:,} bytes in {file}; {written['skipped']:,} skipped")
 
 
@@ -139,6 +134,8 @@ def import_(
     from thalweg.memory.folder import CATALOGUE_NAME
 
     target = _directory(directory, kv_disk_dir)
+    if not file.is_file():
+        raise ConfigError(f"{file} is no file", param="file")
     if not (target / CATALOGUE_NAME).exists():
         if kv_disk_space is None:
             message = f"kv_disk_dir: there is no cache in {target}; give --kv-disk-space to make one"
@@ -187,6 +184,23 @@ def _opened(directory: Path | None, option: Path | None) -> Iterator[RecordFolde
         raise ConfigError(f"{target}: {error}", param="kv_disk_dir") from error
     finally:
         folder.catalogue.close()
+
+
+@contextmanager
+def _archive(file: Path) -> Iterator[tarfile.TarFile]:
+    """An archive to write, which gets its name once it is whole, and is deleted if it cannot be written."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            with tarfile.open(fileobj=stream, mode="w") as archive:
+                yield archive
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error}", param="file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _directory(directory: Path | None, option: Path | None) -> Path:

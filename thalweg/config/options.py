@@ -101,6 +101,8 @@ def _check(options: EngineOptions) -> None:
         )
     if options.checkpoint_interval < 0:
         raise ConfigError(f"checkpoint_interval: {options.checkpoint_interval} is below 0", param="checkpoint_interval")
+    if options.kv_disk_dir == "":
+        raise ConfigError("kv_disk_dir: an empty name; leave the option out for no disk tier", param="kv_disk_dir")
     if not 0 <= options.shadow_rate <= 1:
         raise ConfigError(f"shadow_rate: {options.shadow_rate} is not between 0 and 1", param="shadow_rate")
     split_window_policy(options.window_policy)

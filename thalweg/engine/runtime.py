@@ -38,7 +38,7 @@ from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
 from thalweg.memory.disk import DiskTier
 from thalweg.memory.host import HostTier
-from thalweg.memory.layout import CacheLayout, RowFormat
+from thalweg.memory.layout import LAYOUT_VERSION, CacheLayout, RowFormat
 from thalweg.memory.packing import BlockPacker
 from thalweg.memory.tier import Tier
 from thalweg.memory.transfers import Transfers
@@ -312,12 +312,13 @@ def _max_model_len(options: EngineOptions, config: ModelConfig, plan: CachePlan,
 def namespaces(
     checkpoint: Checkpoint, numerics: Numerics, policy: CheckpointPolicy, kernel_set: KernelSet
 ) -> Callable[[Sequence], Namespace]:
-    """Prefix caches are shared only under the same weights, tokenizer, numerics, kernels, tenant and salt, and never
-    with rows that an approximate policy made. A deterministic engine's bits also depend on the number of threads."""
+    """Prefix caches are shared only under the same weights, tokenizer, layout, numerics, kernels, tenant and salt, and
+    never with rows that an approximate policy made. A deterministic engine's bits also depend on the number of
+    threads."""
     words = (checkpoint.directory / "tokenizer.json").read_bytes()
     kernels = sorted((choice.op, choice.backend) for choice in kernel_set.choices)
     threads = torch.get_num_threads() if any(backend == "deterministic" for _, backend in kernels) else None
-    made_by = (numerics, kernels, threads, policy.unit_tokens, policy.approximation)
+    made_by = (LAYOUT_VERSION, numerics, kernels, threads, policy.unit_tokens, policy.approximation)
     computed = digest_of(fingerprint(checkpoint).encode(), repr(made_by).encode(), words)
     return lambda sequence: namespace_of(computed, sequence.request)
 

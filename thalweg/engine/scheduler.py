@@ -70,7 +70,8 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.loading) < self.limits.max_running:
             sequence = self.waiting[0]
-            if not (self._begin_loading(sequence) if sequence.swapped is None else self._bring_back(sequence)):
+            begun = self._begin_loading(sequence) if sequence.swapped is None else self._bring_back(sequence)
+            if not begun and not self.tiering.free_blocks():
                 return
 
     def _bring_back(self, sequence: Sequence) -> bool:

@@ -120,6 +120,9 @@ class Tiering:
         for name, tier in self._tiers.items():
             if tiers is None or name in tiers:
                 _asked(tier.clear, 0)
+        if tiers is None or not tiers.isdisjoint(self._tiers):
+            for node in self.coordinator.index.units():  # what the device keeps is to be stored anew
+                node.stored = node.checkpoint_stored = False
         return forgotten
 
     # -- down -------------------------------------------------------------------------------------------------
@@ -249,11 +252,9 @@ class Tiering:
             if not match.path and not any(f.units for f in found.values()):
                 self._note_other_weights(sequence, namespace)
             return None
-        cache = self.coordinator.begin_load(
-            sequence.tokens, namespace, plan.units, checkpoint=plan.checkpoint is not None
-        )
+        cache = self._blocks_for(sequence, namespace, plan)
         if cache is None:
-            sequence.load = None  # no room yet: asked again when there is
+            sequence.load = None  # if it must wait for room to run, too, it is asked again
             return None
         job = self._load_job(plan, found, cache, digests)
         loading = Loading(sequence, cache, min(len(match.path), plan.units), job, found)
@@ -267,6 +268,14 @@ class Tiering:
 
         self._mover.load(job, done)
         return loading
+
+    def _blocks_for(self, sequence: Sequence, namespace: Namespace, plan: _Plan) -> SequenceCache | None:
+        """Blocks to load into, if need be those that copies out of the pools still hold."""
+        while True:
+            checkpoint = plan.checkpoint is not None
+            cache = self.coordinator.begin_load(sequence.tokens, namespace, plan.units, checkpoint=checkpoint)
+            if cache is not None or not self.free_blocks():
+                return cache
 
     def _note_other_weights(self, sequence: Sequence, namespace: Namespace) -> None:
         own = unit_digest(b"", namespace.own)

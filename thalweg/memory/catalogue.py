@@ -23,6 +23,16 @@ LOG_BYTES = 1 << 20  # the write-ahead log never grows beyond
 _TURN_BYTES = LOG_BYTES // 2  # a longer log is first written back; one transaction adds less than the other half
 STEP_RECORDS = 16  # deleted or added in one transaction, so that it stays that small
 _BUSY_SECONDS = 5.0
+# Failures to open a catalogue that say nothing of its contents.
+_OUTSIDE = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+)
 _PARAMETERS = 500  # in one statement
 _STALE = 1000
 
@@ -233,6 +243,12 @@ class Catalogue:
 
     # Changing
 
+    def compact(self) -> None:
+        """Give the pages of what was deleted back to the disk. What is left goes through the log once."""
+        with self._lock:
+            self._write.execute("VACUUM")
+            self._write.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def set(self, name: str, value: float) -> None:
         """Keep a number."""
         with self.transaction() as database:
@@ -295,6 +311,11 @@ class Catalogue:
         for at in range(0, len(names), STEP_RECORDS):
             with self.transaction() as database:
                 database.executemany(_USE, [(uses[name], now, name) for name in names[at : at + STEP_RECORDS]])
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether a catalogue that could not be opened is damaged or of another version, and so to be rebuilt."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF not in _OUTSIDE
 
 
 def unreachable(entries: Iterable[Entry]) -> list[Entry]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from thalweg.errors import ConfigError
-from thalweg.memory.catalogue import Entry
+from thalweg.memory.catalogue import Entry, is_damage
 from thalweg.memory.files import Files
 from thalweg.memory.folder import CATALOGUE_NAME, RecordFolder, Written
 from thalweg.memory.record import Bytes, Record, RecordError, checkpoint_name
@@ -23,16 +23,6 @@ from thalweg.memory.tier import Found, Piece, Tally, TierUsage, usage_of
 LEAST_CAPACITY_BYTES = 4 << 20
 LOCK_NAME = "lock"
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the file may be sound
-# Failures to open a catalogue that say nothing of its contents; after any other one it is rebuilt.
-_OUTSIDE = (
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_NOMEM,
-)
 _log = logging.getLogger(__name__)
 
 
@@ -190,7 +180,7 @@ def _open(directory: Path, capacity_bytes: int, files: Files, clock: Callable[[]
     try:
         folder = _checked(directory, files, clock)
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _OUTSIDE:
+        if not is_damage(error):
             raise
         _log.warning("%s: %s; it is rebuilt from the records", directory / CATALOGUE_NAME, error)
         for ending in ("-wal", "-shm", ""):
@@ -200,6 +190,7 @@ def _open(directory: Path, capacity_bytes: int, files: Files, clock: Callable[[]
         folder.catalogue.set("capacity", capacity_bytes)
         folder.reconcile(alone=True)
         folder.shrink(lambda entry: None)
+        folder.shrink_catalogue()
         folder.catalogue.find(())  # reads the first digests now, not with the first prompt
     except BaseException:
         folder.catalogue.close()

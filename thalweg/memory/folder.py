@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from thalweg.errors import ConfigError
-from thalweg.memory.catalogue import LOG_BYTES, Catalogue, Entry, Remove, entry_of
+from thalweg.memory.catalogue import LOG_BYTES, Catalogue, Entry, Remove, entry_of, is_damage
 from thalweg.memory.files import Files
 from thalweg.memory.record import (
     NAME,
@@ -144,6 +144,14 @@ class RecordFolder:
 
         return self.catalogue.shrink(limit, self._evicting(evicted))
 
+    def shrink_catalogue(self) -> None:
+        """Shrink a catalogue that alone takes more than the cap, as a far larger cache left it: no record is left then,
+        so that its pages are empty."""
+        with self.catalogue.transaction() as database:
+            crowded = record_limit(database) < 0
+        if crowded:
+            self.catalogue.compact()
+
     def _evicting(self, evicted: Remove) -> Remove:
         def remove(entry: Entry) -> None:
             self.remove(entry)
@@ -198,7 +206,9 @@ def open_folder(directory: Path) -> RecordFolder:
     try:
         return RecordFolder(directory)
     except (OSError, sqlite3.Error) as error:
-        message = f"kv_disk_dir: {directory / CATALOGUE_NAME}: {error}; the next server that starts with it rebuilds it"
+        damaged = isinstance(error, sqlite3.Error) and is_damage(error)
+        after = "; the next server that starts with it rebuilds it" if damaged else ""
+        message = f"kv_disk_dir: {directory / CATALOGUE_NAME}: {error}{after}"
         raise ConfigError(message, param="kv_disk_dir") from error
 
 

@@ -18,6 +18,9 @@ from enum import StrEnum
 from thalweg.cache.geometry import CacheGroupSpec, RowKind, StreamSpec
 from thalweg.errors import ConfigError
 
+# Of the bytes of a block, and of the order of groups, streams and layers in a stored unit or checkpoint (packing.py).
+# Part of every namespace: raise it with any change to those, and records of other builds are never taken for our own.
+LAYOUT_VERSION = 1
 _KV_SCALE_BLOCK = 64
 _INDEX_SCALE_BLOCK = 32
 _ROW_ALIGNMENT = 8

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_NOW = frozenset({"cached_units"})  # figures of the engine that rise and fall
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -102,7 +103,9 @@ class EngineCollector(Collector):
             backends.add_metric(labels, 1)
         yield backends
         for name, value in now.counters.items():
-            if name != "preemptions":
+            if name in _NOW:
+                yield GaugeMetricFamily(f"thalweg_engine_{name}", f"Engine gauge {name}.", value=value)
+            elif name != "preemptions":
                 yield CounterMetricFamily(f"thalweg_engine_{name}", f"Engine counter {name}.", value=value)
 
 

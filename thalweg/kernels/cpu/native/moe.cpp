@@ -25,14 +25,6 @@ inline floats swiglu(floats gate, floats up, float limit) {
     return gate / (1.0f + exp(-gate)) * up;
 }
 
-// A vector, or the rest of a row filled up with zeros.
-inline floats load_some(const float* from, long count) {
-    if (count >= LANES) return load(from);
-    float part[LANES] = {};
-    memcpy(part, from, 4 * count);
-    return load(part);
-}
-
 inline floats square_root(floats x) {
     for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
