@@ -34,6 +34,17 @@ def test_rms_norm(kernels: Kernels) -> None:
 
 
 @every_backend()
+@pytest.mark.parametrize("width", [1, 31, 64, 1000])
+def test_rms_norm_of_any_rows(kernels: Kernels, width: int) -> None:
+    """More axes, memory with gaps, a bfloat16 weight beside fp32 rows, no rows."""
+    x, w = random(9, 3, width + 2)[..., 1:-1], random(width, seed=1).bfloat16()
+    twin = x.double() / torch.sqrt((x.double() ** 2).mean(-1, keepdim=True) + 1e-6)
+    close("rms_norm", kernels.rms_norm(x, None, 1e-6), twin)
+    close("rms_norm", kernels.rms_norm(x, w, 1e-6), twin * w.double())
+    assert kernels.rms_norm(x[:0], w, 1e-6).shape == (0, 3, width)
+
+
+@every_backend()
 def test_rotate_turns_interleaved_pairs_and_back(kernels: Kernels) -> None:
     x, positions = random(5, 3, 20), torch.tensor([0, 1, 77, 4096, 1_000_000])
     table = angles(positions, 1.0 / 10000.0 ** (torch.arange(0, 8, 2) / 8))
@@ -48,6 +59,28 @@ def test_rotate_turns_interleaved_pairs_and_back(kernels: Kernels) -> None:
             close("rotate", turned[t, :, 13 + 2 * i], a * s + b * c)
     back = table.inverse()
     close("rotate", kernels.rotate(turned, back.cos, back.sin), x)
+
+
+@every_backend()
+@pytest.mark.parametrize("shape", [(6, 40), (6, 3, 41), (6, 2, 3, 200), (0, 3, 40)])
+@pytest.mark.parametrize("pairs", [1, 4, 20, 75])
+def test_rotate_takes_any_memory(kernels: Kernels, shape: tuple[int, ...], pairs: int) -> None:
+    if 2 * pairs > shape[-1]:
+        return
+    wide = random(*shape[:-1], shape[-1] + 3)
+    x, turn = wide[..., 2:-1], random(shape[0], 2 * pairs, seed=1)
+    cos, sin = turn[:, :pairs], turn[:, pairs:]
+    turned = kernels.rotate(x, cos, sin)
+    narrow = kernels.rotate(x.bfloat16(), cos, sin)
+    assert turned.shape == narrow.shape == shape and narrow.dtype is torch.bfloat16
+    assert torch.equal(turned[..., : -2 * pairs], x[..., : -2 * pairs])
+    a, b = x[..., -2 * pairs :: 2].double(), x[..., x.shape[-1] - 2 * pairs + 1 :: 2].double()
+    each = (shape[0], *(1 for _ in shape[1:-1]), pairs)
+    c, s = cos.double().reshape(each), sin.double().reshape(each)
+    twin = torch.cat([x[..., : -2 * pairs].double(), torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)], -1)
+    if len(x):
+        close("rotate", turned, twin)
+        assert (narrow.double() - twin).abs().max() < 0.1
 
 
 def test_yarn_frequencies_of_the_released_models() -> None:
@@ -93,10 +126,10 @@ def mix_twin(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iteration
 
 
 @every_backend()
-@pytest.mark.parametrize(("n", "iterations"), [(4, 20), (2, 1), (3, 5)])
-def test_hyper_connections(kernels: Kernels, n: int, iterations: int) -> None:
-    hidden = 12
-    streams, y = random(6, n, hidden), random(6, hidden, seed=1)
+@pytest.mark.parametrize(("n", "iterations"), [(4, 20), (2, 1), (3, 5), (1, 3), (5, 20), (8, 2)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(6, 12), (1, 150), (21, 40)])
+def test_hyper_connections(kernels: Kernels, n: int, iterations: int, tokens: int, hidden: int) -> None:
+    streams, y = random(tokens, n, hidden), random(tokens, hidden, seed=1)
     fn, base, scale = random((2 + n) * n, n * hidden, seed=2) / 7, random((2 + n) * n, seed=3), random(3, seed=4)
     x, post, comb = kernels.mix_in(streams, kernels.pack(fn), base, scale, 1e-6, 1e-6, iterations)
     for ours, twin in zip((x, post, comb), mix_twin(streams, fn, base, scale, iterations), strict=True):
@@ -113,6 +146,24 @@ def test_hyper_connections(kernels: Kernels, n: int, iterations: int) -> None:
     pre = torch.sigmoid(z * head_scale + head_base) + 1e-6
     twin = (pre[:, :, None] * streams.double()).sum(1)
     close("mix_head", kernels.mix_head(streams, kernels.pack(head_fn), head_base, head_scale, 1e-6, 1e-6), twin)
+
+
+@every_backend()
+def test_hyper_connections_of_narrow_streams_and_of_none(kernels: Kernels) -> None:
+    """Streams in bfloat16 give results in bfloat16; the weights of a token are fp32 all the same."""
+    streams, y, fn = random(9, 4, 24).bfloat16(), random(9, 24, seed=1).bfloat16(), random(24, 96, seed=2) / 7
+    base, scale = random(24, seed=3), random(3, seed=4)
+    packed, head = kernels.pack(fn), kernels.pack(fn[:4])
+    x, post, comb = kernels.mix_in(streams, packed, base, scale, 1e-6, 1e-6, 20)
+    same = kernels.mix_in(streams.float(), packed, base, scale, 1e-6, 1e-6, 20)
+    out = kernels.mix_out(y, streams, post, comb)
+    collapsed = kernels.mix_head(streams, head, base[:4], scale[:1], 1e-6, 1e-6)
+    assert {t.dtype for t in (x, out, collapsed)} == {torch.bfloat16} and post.dtype is comb.dtype is torch.float32
+    assert torch.equal(x, same[0].bfloat16()) and torch.equal(post, same[1]) and torch.equal(comb, same[2])
+    assert torch.equal(out, kernels.mix_out(y.float(), streams.float(), post, comb).bfloat16())
+    none = kernels.mix_in(streams[:0].float(), packed, base, scale, 1e-6, 1e-6, 20)
+    assert [t.shape for t in none] == [(0, 24), (0, 4), (0, 4, 4)]
+    assert kernels.mix_out(y[:0].float(), streams[:0].float(), *none[1:]).shape == (0, 4, 24)
 
 
 def nearest_e4m3(value: float) -> float:

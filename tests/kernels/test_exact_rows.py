@@ -79,10 +79,30 @@ def test_hyper_connections(kernels: Kernels, n: int, hidden: int) -> None:
 
 @every_exact_backend()
 @ANY_THREADS
+@pytest.mark.parametrize("n", [4, 7])
+def test_hyper_connections_keep_to_their_token(kernels: Kernels, n: int) -> None:
+    """Over a bfloat16 fn, where a backend keeps it so; and a token that is NaN spoils no other."""
+    streams, fn = random(33, n, 160), (random((2 + n) * n, n * 160, seed=2) / 9).bfloat16()
+    base, scale = random((2 + n) * n, seed=3), random(3, seed=4)
+    keeps = not isinstance(kernels.pack, type(reference_kernels().pack))
+    wide = kernels.pack(fn.float())
+    packed = kernels.pack(fn) if keeps else wide
+    rows_alone_equal(lambda s: kernels.mix_in(s, packed, base, scale, 1e-6, 1e-6, 20), streams)
+    whole = kernels.mix_in(streams, wide, base, scale, 1e-6, 1e-6, 20)
+    spoilt = streams.clone()
+    spoilt[13] = torch.nan
+    others = torch.arange(33) != 13
+    for a, b in zip(kernels.mix_in(spoilt, packed, base, scale, 1e-6, 1e-6, 20), whole, strict=True):
+        assert torch.equal(a[others], b[others]) and a[13].isnan().all()
+
+
+@every_exact_backend()
+@ANY_THREADS
 @pytest.mark.parametrize("width", [1, 5, 33, 128, 7168])
 def test_functions_of_rows(kernels: Kernels, width: int) -> None:
     x = random(801 if width < 999 else 75, width) * 4
     rows_alone_equal(lambda x: kernels.rms_norm(x, None, 1e-6), x)
+    rows_alone_equal(lambda x: kernels.rms_norm(x, x[0].bfloat16(), 1e-6), x[:1].expand(70, -1) * torch.ones(70, 1))
     rows_alone_equal(lambda a, b: kernels.swiglu(a, b, 1.0), x, x.flip(0))
     assert (kernels.swiglu(x, x, 2.0) - REFERENCE.swiglu(x, x, 2.0)).abs().max() <= spec_of("swiglu").tolerance
 

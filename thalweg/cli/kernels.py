@@ -298,11 +298,15 @@ def _measured(
             found = timings(case, _contenders(case.op, kernel_set), seconds)
             for timing in found:
                 line = record(timing, ceilings, found[0].median) | facts
-                for file in files:
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
+                _write(line, files)
                 yield line
             progress.advance(task)
+
+
+def _write(line: dict[str, Any], files: list[Any]) -> None:
+    for file in files:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
 
 
 def _contenders(op: str, kernel_set: KernelSet) -> list[Contender]:
