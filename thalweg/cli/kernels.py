@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -259,54 +259,54 @@ def bench(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with _appended(out) as lines:
-            records = list(_measured(cases, kernel_set, seconds, {"model": shape}, lines))
+        with _appended(out) as write:
+            records = _measured(cases, kernel_set, seconds, {"model": shape}, write)
     finally:
         torch.set_num_threads(before)
     _print_records(records)
 
 
 @contextmanager
-def _appended(path: Path | None) -> Iterator[list[Any]]:
-    """Open files that take lines: one, or none."""
+def _appended(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes records and writes each as a line at once; without a path they go nowhere."""
     if path is None:
-        yield []
+        yield lambda record: None
         return
     try:
-        file = path.open("a")
+        file = path.open("a", buffering=1)
     except OSError as error:
         raise ConfigError(f"--out {path}: {error.strerror}", param="out") from error
     with file:
-        yield [file]
+        yield lambda record: print(json.dumps(record), file=file)
 
 
 def _measured(
-    cases: list[Case], kernel_set: KernelSet, seconds: float, facts: dict[str, Any], files: list[Any]
-) -> Iterator[dict[str, Any]]:
-    """Records as they come; each is written before the next case begins."""
+    cases: list[Case],
+    kernel_set: KernelSet,
+    seconds: float,
+    facts: dict[str, Any],
+    write: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Records of all cases; each is written before the next case begins."""
     from thalweg.cli.demo import machine_facts
     from thalweg.kernels.measurement import record, timings
 
-    console = output()
     facts |= {"commit": _commit()} | machine_facts()
     with bar() as progress:
-        task = progress.add_task("measuring the machine", total=len(cases))
+        progress.add_task("measuring the machine", total=None)
         ceilings = _ceilings()
-        console.print(_machine(ceilings), soft_wrap=True)
+    output().print(_machine(ceilings), soft_wrap=True)
+    records: list[dict[str, Any]] = []
+    with bar() as progress:
+        task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.op}: {case.shape}")
             found = timings(case, _contenders(case.op, kernel_set), seconds)
-            for timing in found:
-                line = record(timing, ceilings, found[0].median) | facts
-                _write(line, files)
-                yield line
+            records += [record(timing, ceilings, found[0].median) | facts for timing in found]
+            for one in records[-len(found) :]:
+                write(one)
             progress.advance(task)
-
-
-def _write(line: dict[str, Any], files: list[Any]) -> None:
-    for file in files:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+    return records
 
 
 def _contenders(op: str, kernel_set: KernelSet) -> list[Contender]:
