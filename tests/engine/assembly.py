@@ -53,6 +53,7 @@ class Shape:
     policy: WindowPolicy = WindowPolicy.BOUNDARY
     replay: bool = True
     deterministic: bool = False
+    kernels: str = "auto"
     kv: RowFormat = RowFormat.FLOAT32
     index: RowFormat = RowFormat.FLOAT32
 
@@ -80,7 +81,7 @@ class Models:
         layout = CacheLayout(shape.kv, shape.index, config.rope_dim)
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
         numerics = Numerics.serving(torch.float32, shape.kv, shape.index, simulate=shape.simulate_quantization)
-        kernels = select_kernels(device, deterministic=shape.deterministic).kernels
+        kernels = select_kernels(device, deterministic=shape.deterministic, wanted=shape.kernels).kernels
         model = Model(config, dict(self._weights[key]), numerics, kernels)
         builder = BatchBuilder(config, groups, device)
         return ModelRunner(model, CacheArena(plan, device), builder, sampler or Sampler((EOS,))), plan

@@ -36,9 +36,9 @@ def running(fields: dict, **shape: object) -> Iterator[tuple[Engine, dict[str, R
     engine.close()
 
 
-def cold(fields: dict, prompts: list[list[int]], **sampling: int) -> list[Rows]:
+def cold(fields: dict, prompts: list[list[int]], kernels: str = "auto", **sampling: int) -> list[Rows]:
     """Each prompt alone, in one chunk, without any cache."""
-    with running(fields, max_step_tokens=1024, prefix_caching=False) as (engine, rows):
+    with running(fields, max_step_tokens=1024, prefix_caching=False, kernels=kernels) as (engine, rows):
         for i, prompt in enumerate(prompts):
             answer(engine, str(i), prompt, **sampling)
     return [rows[str(i)] for i in range(len(prompts))]
@@ -50,11 +50,11 @@ def assert_same_bits(ours: Rows, expected: Rows) -> None:
         assert torch.equal(row, expected[tokens]), f"the logits after {tokens} tokens differ"
 
 
-def check_company(fields: dict, lengths: tuple[int, ...], budget: int) -> None:
+def check_company(fields: dict, lengths: tuple[int, ...], budget: int, kernels: str = "auto") -> None:
     """Chunked, batched, beside requests that are cancelled, and once more from the prefix cache."""
     prompts = [prompt_of(i, length) for i, length in enumerate(lengths)]
-    expected = cold(fields, prompts, max_tokens=3)
-    with running(fields, max_step_tokens=budget) as (engine, rows):
+    expected = cold(fields, prompts, kernels, max_tokens=3)
+    with running(fields, max_step_tokens=budget, kernels=kernels) as (engine, rows):
         outcomes = [submit(engine, f"{i}", prompt, max_tokens=3) for i, prompt in enumerate(prompts)]
         doomed = [submit(engine, f"doomed {i}", prompt_of(50 + i, 200), max_tokens=99) for i in range(3)]
         assert doomed[0].started.wait(60)
@@ -69,9 +69,10 @@ def check_company(fields: dict, lengths: tuple[int, ...], budget: int) -> None:
         assert outcome.last.usage.cached_tokens == (len(prompt) - 1) // 128 * 128
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize(("geometry", "budget"), [("narrow", 16), ("flash-like", 129), ("pro-like", 1024)])
-def test_company_chunks_and_the_cache_do_not_matter(geometry: str, budget: int) -> None:
-    check_company(GEOMETRIES[geometry], LENGTHS[::2] if budget == 16 else LENGTHS, budget)
+def test_company_chunks_and_the_cache_do_not_matter(geometry: str, budget: int, kernels: str) -> None:
+    check_company(GEOMETRIES[geometry], LENGTHS[::2] if budget == 16 else LENGTHS, budget, kernels)
 
 
 @pytest.mark.stress
@@ -86,7 +87,7 @@ def test_the_reference_kernels_would_fail_this() -> None:
     prompt = prompt_of(3, 300)
     rows = []
     for budget in (16, 1024):
-        with running(fields, max_step_tokens=budget, deterministic=False) as (engine, recorded):
+        with running(fields, max_step_tokens=budget, deterministic=False, kernels="reference") as (engine, recorded):
             answer(engine, "a", prompt)
         rows.append(recorded["a"][300])
     assert torch.allclose(rows[0], rows[1], atol=1e-3) and not torch.equal(rows[0], rows[1])

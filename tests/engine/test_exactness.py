@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.engine.assembly import MODELS, Shape, answer, cold_answers, engine_of, model_engine, prompt_of, submit
 
+EITHER = pytest.mark.parametrize("kernels", ["auto", "reference"])  # what is expected comes from `auto` for both
 LENGTHS = (1, 5, 123, 127, 128, 129, 133, 251, 256, 257, 300, 508, 512, 516)
 
 
-def test_same_tokens_alone_batched_chunked_cached_and_with_neighbours_cancelled(fields: dict) -> None:
+@EITHER
+def test_same_tokens_alone_batched_chunked_cached_and_with_neighbours_cancelled(fields: dict, kernels: str) -> None:
     prompts = [prompt_of(i, length) for i, length in enumerate(LENGTHS)]
     expected = cold_answers(fields, prompts)
     for step_tokens in (16, 129, 1024):
-        engine = model_engine(fields, Shape(max_step_tokens=step_tokens))
+        engine = model_engine(fields, Shape(max_step_tokens=step_tokens, kernels=kernels))
         outcomes = [submit(engine, f"{i}", prompt) for i, prompt in enumerate(prompts)]
         doomed = [submit(engine, f"doomed {i}", prompt_of(50 + i, 200), max_tokens=200) for i in range(3)]
         assert doomed[0].started.wait(60)
@@ -29,12 +32,13 @@ def test_same_tokens_alone_batched_chunked_cached_and_with_neighbours_cancelled(
         engine.close()
 
 
-def test_resuming_at_every_unit_equals_cold(fields: dict) -> None:
+@EITHER
+def test_resuming_at_every_unit_equals_cold(fields: dict, kernels: str) -> None:
     """A shared prefix of n units, then another ending: each resume point gives what a cold run gives."""
     base = prompt_of(7, 5 * 128)
     prompts = [base[: 128 * n] + prompt_of(60 + n, 37) for n in range(6)]
     expected = cold_answers(fields, prompts)
-    engine = model_engine(fields, Shape(max_step_tokens=200, checkpoint_interval=128))
+    engine = model_engine(fields, Shape(max_step_tokens=200, checkpoint_interval=128, kernels=kernels))
     answer(engine, "base", base)
     outcomes = [answer(engine, str(n), prompt) for n, prompt in enumerate(prompts)]
     engine.close()

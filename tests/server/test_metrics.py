@@ -45,6 +45,8 @@ def test_the_backend_of_every_op_is_named() -> None:
     text = RequestMetrics(lambda: gauges).exposition().decode()
     assert 'thalweg_kernel_backend_info{backend="cpu-avx2",op="linear"} 1.0' in text
     assert text.count("thalweg_kernel_backend_info{") == 2
+
+
 def test_what_rises_and_falls_is_no_counter() -> None:
     gauges = EngineGauges(0, 0, (), {"cached_units": 7, "evicted_units": 3})
     text = RequestMetrics(lambda: gauges).exposition().decode()

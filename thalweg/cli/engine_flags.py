@@ -31,7 +31,7 @@ KernelBackend = Annotated[
     str | None, _option("--kernels", help="auto, reference, plain, avx2 or avx512: what computes on a CPU.")
 ]
 Deterministic = Annotated[
-    bool | None, _option("--deterministic", help="The same bits in any batch and from any cache, as the compiled kernels give always.")
+    bool | None, _option("--deterministic", help="The same bits in any batch and from any cache.")
 ]
 MaxLen = Annotated[int | None, _option("--max-model-len", "--context-length", help="Most tokens of prompt and output.")]
 MaxSeqs = Annotated[
