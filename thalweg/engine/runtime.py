@@ -165,7 +165,12 @@ def _tiering(options: EngineOptions, coordinator: Coordinator, packer: BlockPack
         choices.append(Choice("disk tier", f"{options.kv_disk_space:,} bytes at most", options.kv_disk_dir))
     else:
         choices.append(Choice("disk tier", "off", "no --kv-disk-dir" if options.kv_disk_dir is None else "no caching"))
-    return Tiering(coordinator, tiers, Transfers(packer, tiers) if tiers else None)
+    if not tiers:
+        return Tiering(coordinator, tiers, None)
+    transfers = Transfers(packer, tiers)
+    if DISK in tiers:
+        transfers.prepare(tiers[DISK].usage().rows_bytes // packer.unit_bytes)
+    return Tiering(coordinator, tiers, transfers)
 
 
 def _pool_bytes(packer: BlockPacker, coordinator: Coordinator) -> Iterator[int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from thalweg.cache.geometry import CacheGroupSpec, Group
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import checkpoint_blocks
+from thalweg.memory.pages import take_pages
 
 Bytes = npt.NDArray[np.uint8]
 Blocks = Mapping[Group, Sequence[int]]
@@ -41,6 +42,14 @@ class BlockPacker:
     @property
     def checkpoint_bytes(self) -> int:
         return sum(count * self.block_bytes(group) for group, count in self._state.items())
+
+    def take_pages(self, units: int) -> None:
+        """Have the memory of the blocks that so many units will be loaded to: pools give out their lowest first."""
+        if self._device.type != "cpu":
+            return
+        for group in self._rows:
+            for _, view in self._views(self._specs[group]):
+                take_pages(view.data_ptr(), min(units, len(view)) * view.shape[1])
 
     def block_bytes(self, group: Group) -> int:
         return self._layout.block_bytes(self._specs[group])
@@ -80,11 +89,15 @@ class BlockPacker:
     def unpack(self, group: Group, data: Bytes, ids: Sequence[int]) -> None:
         """The inverse of `pack`."""
         source = torch.from_numpy(data).to(self._device)
+        together = len(ids) > 0 and list(ids) == list(range(ids[0], ids[0] + len(ids)))
         index = torch.tensor(ids, dtype=torch.int64, device=self._device)
         for begin, view in self._views(self._specs[group]):
             part = source[:, begin : begin + view.shape[1]]
             wide = _widest(view, part)
-            view.view(wide).index_copy_(0, index, part.view(wide))
+            if together:  # as the blocks of a fresh pool are
+                view[ids[0] : ids[0] + len(ids)].view(wide).copy_(part.view(wide))
+            else:
+                view.view(wide).index_copy_(0, index, part.view(wide))
 
     def _views(self, spec: CacheGroupSpec) -> list[tuple[int, Tensor]]:
         """For each stream and layer of a group: where its bytes begin in a block, and the pool as [blocks, bytes]."""

@@ -17,12 +17,12 @@ from thalweg.memory.tier import Tier
 
 _log = logging.getLogger("thalweg.memory")
 _DROPPED_REMEMBERED = 100_000  # digests of units
-_LOADERS = 2  # one reads a file while the other checks and unpacks the one before
 
 
 class Transfers:
-    """One thread copies out of the pools, one writes, two read: neither a prompt that waits for its rows nor a request
-    that waits for blocks ever waits for somebody's writes."""
+    """One thread copies out of the pools, one writes, one reads: neither a prompt that waits for its rows nor a request
+    that waits for blocks ever waits for somebody's writes. Two that read take turns at the interpreter's lock, and each
+    turn may cost five milliseconds: they load more slowly than one."""
 
     def __init__(self, packer: BlockPacker, tiers: Mapping[str, Tier]) -> None:
         self._packer = packer
@@ -30,7 +30,13 @@ class Transfers:
         self._dropped: dict[str, set[bytes]] = {name: set() for name in tiers}  # the storing thread's
         self._gathering = ThreadPoolExecutor(1, "thalweg-gather", initializer=_one_thread)
         self._storing = ThreadPoolExecutor(1, "thalweg-store", initializer=_one_thread)
-        self._loading = ThreadPoolExecutor(_LOADERS, "thalweg-load", initializer=_one_thread)
+        self._loading = ThreadPoolExecutor(1, "thalweg-load", initializer=_one_thread)
+
+    def prepare(self, units: int) -> None:
+        """Get ready to load so many units, in the background: memory that nobody has touched yet is slower to fill than
+        a file is to read, and threads take their time to begin."""
+        self._gathering.submit(self._packer.take_pages, units)
+        self._loading.submit(_one_thread)
 
     def store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
         self._gathering.submit(self._gather, job, done)
