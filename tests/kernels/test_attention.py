@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.backends import Kernels, every_backend
+from tests.kernels.threads import ANY_THREADS, threads
 from thalweg.kernels.arguments import AttentionContext, Packing, PagedRows, PastRows, Segments, StoredRows, plain_rows
 from thalweg.kernels.spec import spec_of
 
+__all__ = ["threads"]
 HEADS, WIDTH, WINDOW, BLOCK = 3, 8, 16, 4
 
 
@@ -33,6 +35,7 @@ class Scene:
     new: list[int]
     ratio: int
     width: int = WIDTH
+    window: int = WINDOW
 
     def __post_init__(self) -> None:
         self.ends = [p + n for p, n in zip(self.past, self.new, strict=True)]
@@ -49,14 +52,15 @@ class Scene:
                 self.paged.rows.data[block * BLOCK + w % BLOCK] = rows[w]
 
     def context(self, queries: Segments, *, entries: bool) -> AttentionContext:
-        seen = [min(p, WINDOW - 1) for p in self.past]
+        seen = [min(p, self.window - 1) for p in self.past]
         old = torch.cat([k[p - n : p] for k, p, n in zip(self.keys, self.past, seen, strict=True)])
         slots = torch.randperm(len(old) + 5, generator=torch.Generator().manual_seed(4))[: len(old)]
         pool = torch.full((len(old) + 5, self.width), float("nan"))
         pool[slots] = old
         keys = Segments(sums(self.new), tuple(self.past))
         paged = self.paged if entries else None
-        return AttentionContext(queries, keys, PastRows(plain_rows(pool), slots, sums(seen)), paged, self.ratio, WINDOW)
+        past = PastRows(plain_rows(pool), slots, sums(seen))
+        return AttentionContext(queries, keys, past, paged, self.ratio, self.window)
 
     def new_rows(self) -> Tensor:
         return torch.cat([k[p:] for k, p in zip(self.keys, self.past, strict=True)])
@@ -65,7 +69,7 @@ class Scene:
 def twin(scene: Scene, s: int, t: int, query: Tensor, sinks: Tensor, chosen: list[int] | None) -> Tensor:
     """One query of sequence s at position t, all heads, float64."""
     entries = list(range((t + 1) // scene.ratio)) if chosen is None else [w for w in chosen if w >= 0]
-    rows = torch.cat([scene.keys[s][max(0, t - WINDOW + 1) : t + 1], scene.entries[s][entries]]).double()
+    rows = torch.cat([scene.keys[s][max(0, t - scene.window + 1) : t + 1], scene.entries[s][entries]]).double()
     logits = query.double() @ rows.T * scene.width**-0.5
     weights = torch.exp(logits)
     return (weights @ rows) / (weights.sum(-1, keepdim=True) + torch.exp(sinks.double())[:, None])
@@ -109,6 +113,35 @@ def test_attention(kernels: Kernels, name: str, mode: str) -> None:
             expected = twin(scene, s, t, query[row], sinks, chosen)
             assert (ours[row].double() - expected).abs().max() <= spec_of("attention").tolerance
             row += 1
+
+
+SERVED = {  # heads, selected entries, scene; windows of several tiles of keys
+    "small": (4, 16, Scene([700, 0, 127, 2500], [70, 5, 1, 1], 4, 64, 128)),
+    "race": (8, 512, Scene([2100, 0], [3, 70], 4, 512, 128)),
+    "flash": (64, 40, Scene([300], [2], 4, 512, 128)),
+    "odd": (5, 70, Scene([600, 3], [9, 40], 1, 84, 77)),
+    "very many heads": (70, 9, Scene([130], [3], 4, 24, 128)),
+}
+
+
+@every_backend()
+@ANY_THREADS
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("mode", ["window", "all entries", "selected"])
+def test_attention_at_served_shapes(kernels: Kernels, name: str, mode: str) -> None:
+    heads, k, scene = SERVED[name]
+    sinks, query = random(heads, seed=5), random(sum(scene.new), heads, scene.width, seed=6)
+    queries = Segments(sums(scene.new), tuple(scene.past))
+    positions = [(s, t) for s, past in enumerate(scene.past) for t in range(past, scene.ends[s])]
+    order = torch.Generator().manual_seed(1)
+    picks = [torch.randperm((t + 1) // scene.ratio, generator=order)[:k].sort().values.tolist() for _, t in positions]
+    selected = torch.tensor([[-1] * (k - len(row)) + row for row in picks]) if mode == "selected" else None
+    context = scene.context(queries, entries=mode != "window")
+    ours = kernels.attention(query, scene.new_rows(), context, sinks, selected)
+    for row, (s, t) in enumerate(positions):
+        chosen = {"window": [], "all entries": None, "selected": picks[row]}[mode]
+        expected = twin(scene, s, t, query[row], sinks, chosen)
+        assert (ours[row].double() - expected).abs().max() <= spec_of("attention").tolerance
 
 
 def topk_twin(scores: list[float], k: int) -> list[int]:
@@ -205,7 +238,8 @@ PACKED = [
 
 def packed(kernels: Kernels, form: StoredRows, rows: Tensor) -> tuple[StoredRows, StoredRows]:
     """Rows in a packed format, NaN where `rows` are, and plain rows of the values that it holds."""
-    data = torch.full((len(rows), form.data.shape[1]), 255, dtype=torch.uint8)
+    unwritten = float("nan") if form.packing is Packing.PLAIN else 255
+    data = torch.full((len(rows), form.data.shape[1]), unwritten, dtype=form.data.dtype)
     stored = dataclasses.replace(form, data=data)
     written = (~rows.isnan().any(-1)).nonzero().flatten()
     kernels.store_rows(stored, written, rows[written])
@@ -233,6 +267,45 @@ def test_packed_rows_give_what_their_values_give(kernels: Kernels, name: str, fo
             results[-1] += kernels.attention(query, scene.new_rows(), seen, random(HEADS), chosen)
         else:
             results.append(kernels.index_topk(query, random(total, HEADS), paged, queries, scene.ratio, 5))
+    assert torch.equal(*results) and not results[0].isnan().any()
+
+
+KV_FORMS = [
+    StoredRows(torch.empty(0, WIDTH, dtype=torch.bfloat16), Packing.PLAIN, WIDTH),
+    StoredRows(torch.empty(0, 33, dtype=torch.bfloat16), Packing.PLAIN, 33),
+    StoredRows(torch.empty(0, 512, dtype=torch.bfloat16), Packing.PLAIN, 512),
+    StoredRows(torch.empty(0, 88, dtype=torch.uint8), Packing.FP8_KV, 64, 16),
+    StoredRows(torch.empty(0, 88, dtype=torch.uint8), Packing.FP8_KV, 75, 6),
+    StoredRows(torch.empty(0, 584, dtype=torch.uint8), Packing.FP8_KV, 512, 64),
+]
+
+
+@every_backend()
+@pytest.mark.parametrize("selects", [False, True])
+@pytest.mark.parametrize("form", KV_FORMS, ids=lambda form: f"{form.packing.value}-{form.width}")
+def test_kv_formats_at_many_widths(kernels: Kernels, form: StoredRows, selects: bool) -> None:
+    """The same bits from a cache in any format, some of it unwritten, as from fp32 rows of the same values. Magnitudes
+    go from subnormal codes to large ones."""
+    scene = Scene([0, 133, 2300], [40, 1, 2], 2, form.width)
+    queries = Segments(sums(scene.new), tuple(scene.past))
+    query = random(sum(scene.new), HEADS, form.width, seed=6) / 4
+    spread = torch.exp2(random(form.width, seed=7) * 3)
+    context = scene.context(queries, entries=True)
+    own = scene.paged.rows.data * spread
+    own[(own == 0).all(-1)] = float("nan")
+    entries, past = packed(kernels, form, own), packed(kernels, form, context.past.rows.data * spread)
+    selected = None
+    if selects:
+        visible = (torch.cat([torch.arange(p, e) + 1 for p, e in zip(scene.past, scene.ends, strict=True)]) // 2)[
+            :, None
+        ]
+        selected = (random(len(visible), 70, seed=9).abs() * visible / 3).long()
+        selected = torch.where(selected < visible, selected, -1)
+    results = []
+    for rows, old in zip(entries, past, strict=True):
+        paged = dataclasses.replace(scene.paged, rows=rows)
+        seen = dataclasses.replace(context, past=dataclasses.replace(context.past, rows=old), entries=paged)
+        results.append(kernels.attention(query, scene.new_rows(), seen, random(HEADS), selected))
     assert torch.equal(*results) and not results[0].isnan().any()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.backends import Kernels, every_exact_backend
+from tests.kernels.backends import COMPILED, Kernels, every_exact_backend
 from tests.kernels.test_attention import HEADS, SCENES, Scene, random, sums
 from tests.kernels.threads import ANY_THREADS, threads
 from thalweg.kernels.arguments import PagedRows, Segments
@@ -208,19 +208,19 @@ def test_absent_tokens_are_never_read(kernels: Kernels, tokens: int, dim: int) -
     assert kernels.compress(rows, own[:0], before, previous[:0]).shape == (0, dim)
 
 
-def split_run(kernels: Kernels, scene: Scene, chunks: list[int], mode: str) -> Tensor:
+def split_run(kernels: Kernels, scene: Scene, chunks: list[int], mode: str, heads: int = HEADS, k: int = 6) -> Tensor:
     """Attention and index_topk of one sequence, computed in chunks that start after what was there before."""
     start, end = scene.past[0], scene.ends[0]
-    query, sinks = random(end - start, HEADS, scene.width, seed=6) * 2, random(HEADS, seed=5)
-    weights = random(end - start, HEADS, seed=7)
+    query, sinks = random(end - start, heads, scene.width, seed=6) * 2, random(heads, seed=5)
+    weights = random(end - start, heads, seed=7)
     results = []
     done = start
     for count in chunks:
-        part = Scene([done], [count], scene.ratio, scene.width)
+        part = Scene([done], [count], scene.ratio, scene.width, scene.window)
         part.keys, part.paged = [scene.keys[0][: done + count]], scene.paged
         queries = Segments((0, count), (done,))
         q, w = query[done - start : done - start + count], weights[done - start : done - start + count]
-        chosen = kernels.index_topk(q, w, scene.paged, queries, scene.ratio, 6)
+        chosen = kernels.index_topk(q, w, scene.paged, queries, scene.ratio, k)
         if mode == "index":
             results.append(chosen)
         else:
@@ -266,6 +266,24 @@ def test_chunks_do_not_matter(kernels: Kernels, past: int, new: int, ratio: int,
     assert not whole.isnan().any()
     for chunks in ([1] * 34 + [new - 34], [1, 30, 2, new - 33], [new - 1, 1]):
         assert torch.equal(split_run(kernels, scene, chunks, mode), whole)
+
+
+@pytest.mark.parametrize("kernels", [make() for make in COMPILED.values()], ids=list(COMPILED))
+@pytest.mark.parametrize("mode", ["window", "selected", "all"])
+@pytest.mark.parametrize(
+    ("heads", "width", "k", "past", "new", "ratio"),
+    [(4, 64, 16, 9000, 40, 2), (8, 512, 512, 1250, 12, 1), (64, 512, 40, 300, 3, 4)],
+)
+def test_threads_and_chunks_do_not_matter_to_attention(
+    kernels: Kernels, heads: int, width: int, k: int, past: int, new: int, ratio: int, mode: str
+) -> None:
+    """At shapes that are large enough for several threads even in a decode step."""
+    scene, before, results = Scene([past], [new], ratio, width, 128), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results += [split_run(kernels, scene, chunks, mode, heads, k) for chunks in ([new], [1, new - 2, 1])]
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results) and not results[0].isnan().any()
 
 
 @every_exact_backend()
