@@ -84,9 +84,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kv-cache-memory", default="384MiB")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="bfloat16", help="16 bits, as the other engines keep their rows")
     parser.add_argument("--model", default=None, help="the directory of the model, made before; for one run inside")
     options = parser.parse_args()
-    flags = {"threads": 1, "kv_cache_memory": options.kv_cache_memory, "kernels": options.kernels, "max_num_seqs": 1}
+    flags = {
+        "threads": 1,
+        "kv_cache_memory": options.kv_cache_memory,
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "kernels": options.kernels,
+        "max_num_seqs": 1,
+    }
     if options.model is not None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         facts = {"commit": commit.stdout.strip(), **flags, **race(options.model, flags), "best_public": BEST_PUBLIC}

@@ -2,7 +2,7 @@
 
 T tokens in a flat ragged batch, Q of them with queries, D hidden, N residual streams, H heads of d elements (the last r
 rotated), E compressed entries, k selected entries, m tokens per entry.
-All ops but store_rows are pure: they return new tensors.
+All ops but store_rows and rotate are pure: they return new tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class RmsNorm(Protocol):
 
 
 class Rotate(Protocol):
-    """Rotate interleaved pairs of the last r channels of x [T, ..., d] by cos, sin fp32 [T, r/2] (model-spec 3.4)."""
+    """Rotate interleaved pairs of the last r channels of x [T, ..., d] by cos, sin fp32 [T, r/2] (model-spec 3.4).
+
+    In place: the other channels, most of a row, are neither read nor written. Returns x.
+    """
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 

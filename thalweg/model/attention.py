@@ -51,7 +51,7 @@ class Attention:
             queries = step.output_segments if last else step.segments
             x, angles = (x[step.output_rows], angles.at(step.output_rows)) if last else (x, angles)
             result = self._attend(x, kv, angles, step, queries, cache)
-        kernels.store_rows(self._rows("window", cache), step.window_writes.slots, kv[step.window_writes.source])
+        kernels.store_rows(self._rows("window", cache), step.window_writes.slots, step.window_writes.of(kv))
         return result
 
     def _compress(self, x: Tensor, step: StepInputs, tables: StepTables, cache: CacheRows) -> None:
@@ -60,13 +60,12 @@ class Attention:
             return
         inputs, angles, phase = tables.compressor(self._kind)
         entries = self._compressor.entries(x, phase, inputs, angles, cache)
-        stream = self._kind.value
-        self._kernels.store_rows(self._rows(stream, cache), inputs.entries[stream], self._stored(entries))
+        if entries is not None:
+            stream = self._kind.value
+            entries = self._numerics.stored_kv(entries, self._config.rope_dim, self._kernels)
+            self._kernels.store_rows(self._rows(stream, cache), inputs.entries[stream], entries)
         if self._indexer is not None:
             self._indexer.write_keys(x, phase, inputs, angles, cache)
-
-    def _stored(self, entries: Tensor) -> Tensor:
-        return self._numerics.stored_kv(entries, self._config.rope_dim, self._kernels)
 
     def _rows(self, stream: str, cache: CacheRows) -> StoredRows:
         return self._numerics.kv_rows(cache.rows(stream, self._layer), self._config)
@@ -88,8 +87,7 @@ class Attention:
         ratio = config.ratio_of(self._layer)
         context = AttentionContext(queries, step.segments, past, entries, ratio, config.window)
         mixed = kernels.attention(query, kv, context, weights["attn_sink"], selected)
-        back = angles.inverse()
-        return self._project(kernels.rotate(mixed, back.cos, back.sin).to(x.dtype))
+        return self._project(kernels.rotate(mixed, angles.cos, angles.back).to(x.dtype))
 
     def _project(self, heads: Tensor) -> Tensor:
         """Grouped low-rank output projection: [Q, H, d] -> [Q, D]."""
@@ -112,8 +110,9 @@ class Indexer:
 
     def write_keys(self, x: Tensor, phase: Tensor, inputs: CompressorInputs, angles: Angles, cache: CacheRows) -> None:
         keys = self._compressor.entries(x, phase, inputs, angles, cache)
-        keys = self._numerics.stored_index(keys, self._kernels)
-        self._kernels.store_rows(self._rows(cache), inputs.entries["index"], keys)
+        if keys is not None:
+            keys = self._numerics.stored_index(keys, self._kernels)
+            self._kernels.store_rows(self._rows(cache), inputs.entries["index"], keys)
 
     def select(
         self, x: Tensor, low: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows

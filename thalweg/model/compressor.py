@@ -23,7 +23,7 @@ class CompressorStreams:
 
 def write_rows(cache_rows: Tensor, writes: RowWrites, rows: Tensor) -> None:
     """Scatter new rows into a cache stream."""
-    cache_rows.index_copy_(0, writes.slots, rows[writes.source].to(cache_rows.dtype))
+    cache_rows.index_copy_(0, writes.slots, writes.of(rows).to(cache_rows.dtype))
 
 
 class Compressor:
@@ -47,24 +47,27 @@ class Compressor:
         self._eps = norm_eps
         self._kernels = kernels
 
-    def entries(self, x: Tensor, phase: Tensor, step: CompressorInputs, angles: Angles, cache: CacheRows) -> Tensor:
+    def entries(
+        self, x: Tensor, phase: Tensor, step: CompressorInputs, angles: Angles, cache: CacheRows
+    ) -> Tensor | None:
         """Entries [E, dim], normed and rotated, that the T new tokens x [T, D] complete; keeps the state of the rest.
+        None where they complete none, as in most decode steps.
 
         phase [T] is each token's position mod m; `angles` are those of the entries' first tokens.
         """
         tail = self._streams.tail
         rows = self._kernels.linear(x.float(), self._projection) + self._ape[phase]
         following, own = rows.chunk(2, -1) if tail is not None else (rows, rows)
-        pooled = self._pooled(own, following, step, cache)
+        pooled = self._pooled(own, following, step, cache) if len(step.own) else None
         if tail is not None and step.tail_writes is not None:
             write_rows(cache.rows(tail, self._layer), step.tail_writes, following)
         write_rows(cache.rows(self._streams.pending, self._layer), step.pending_writes, own)
+        if pooled is None:
+            return None
         normed = self._kernels.rms_norm(pooled.to(x.dtype), self._norm, self._eps)
         return self._kernels.rotate(normed, angles.cos, angles.sin)
 
     def _pooled(self, own: Tensor, following: Tensor, step: CompressorInputs, cache: CacheRows) -> Tensor:
-        if len(step.own) == 0:  # most decode steps
-            return own.new_empty((0, own.shape[1] // 2))
         rows = self._with_cached(self._streams.pending, step.pending_slots, own, cache)
         if self._streams.tail is None:
             return self._kernels.compress(rows, step.own)

@@ -29,6 +29,10 @@ class RowWrites:
     source: Tensor
     slots: Tensor
 
+    def of(self, rows: Tensor) -> Tensor:
+        """The rows to write. Rows of a batch are each written once and in order: as many as there are are all."""
+        return rows if len(self.source) == len(rows) else rows[self.source]
+
 
 @dataclass(frozen=True, slots=True)
 class BlockLists:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.ops import Kernels
@@ -16,8 +18,15 @@ class MixtureOfExperts:
         self._gate = weights.matrix("gate.weight")
         self._bias = None if hashed else weights["gate.bias"]
         self._by_token = weights["gate.tid2eid"] if hashed else None
-        self._gate_up, self._down = weights.matrix("experts.gate_up"), weights.matrix("experts.down")
-        self._w1, self._w2, self._w3 = (weights.matrix(f"shared_experts.{w}.weight") for w in ("w1", "w2", "w3"))
+        gate_up, down = weights.take("experts.gate_up"), weights.take("experts.down")
+        w1, w2, w3 = (weights.take(f"shared_experts.{w}.weight") for w in ("w1", "w2", "w3"))
+        # A shared expert as wide as the others is one of them, which every token has.
+        self._joined = len(gate_up) if w2.shape == down.shape[1:] else None
+        if self._joined is not None:
+            gate_up, down = torch.cat([gate_up, torch.cat([w1, w3])[None]]), torch.cat([down, w2[None]])
+        else:
+            self._w1, self._w2, self._w3 = kernels.pack(w1), kernels.pack(w2), kernels.pack(w3)
+        self._gate_up, self._down = kernels.pack(gate_up), kernels.pack(down)
         self._config = config
         self._kernels = kernels
 
@@ -28,6 +37,9 @@ class MixtureOfExperts:
         logits = kernels.linear(x.float(), self._gate)
         ids, weights = kernels.route(logits, self._bias, chosen, config.experts_per_token, config.routed_scaling_factor)
         limit = config.swiglu_limit
+        if self._joined is not None:
+            ids, weights = F.pad(ids, (0, 1), value=self._joined), F.pad(weights, (0, 1), value=1.0)
+            return kernels.experts(x, ids, weights, self._gate_up, self._down, limit).to(x.dtype)
         routed = kernels.experts(x, ids, weights, self._gate_up, self._down, limit)
         hidden = kernels.swiglu(kernels.linear(x, self._w1), kernels.linear(x, self._w3), limit)
         return (routed + kernels.linear(hidden.to(x.dtype), self._w2).float()).to(x.dtype)

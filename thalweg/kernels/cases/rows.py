@@ -63,7 +63,7 @@ def rotate(shape: str, rows: int, heads: int, width: int, rope: int) -> Case:
     def inputs(source: Source) -> Bind:
         angles = source.normal(rows, rope // 2) * 100
         x = source.normal(rows, heads, width)
-        return over_rows(lambda kernels, x, c, s: kernels.rotate(x, c, s), (x, angles.cos(), angles.sin()))
+        return over_rows(lambda kernels, x, c, s: kernels.rotate(x.clone(), c, s), (x, angles.cos(), angles.sin()))
 
     sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
     return Case("rotate", shape, sizes, rows, inputs)

@@ -29,7 +29,7 @@ SIGNATURES = {
     "read_rows": "pnpnnnnpn",
     "reading": "pnnpn",
     "rms_norm": "ppnnfpn",
-    "rotate": "pppnnnnpn",
+    "rotate": "pppnnnnn",
     "round_rows": "pnnnnpn",
     "route": "ppnnnfnppn",
     "store_rows": "pnnppnnnnn",

@@ -10,7 +10,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r = 2 * cos.shape[-1]
     shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[-1],)
     c, s = cos.view(shape), sin.view(shape)
-    plain, turned = x[..., :-r], x[..., -r:].float().unflatten(-1, (-1, 2))
+    turned = x[..., -r:].float().unflatten(-1, (-1, 2))
     a, b = turned[..., 0], turned[..., 1]
-    pairs = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
-    return torch.cat([plain, pairs.to(x.dtype)], -1)
+    x[..., -r:] = torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+    return x

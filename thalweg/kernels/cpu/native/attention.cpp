@@ -17,7 +17,7 @@ namespace {
 
 constexpr long PART_ROWS = 64;       // rows of a part; more heads than that make several parts
 constexpr long LEAST_HEADS = 4;      // of a part that was cut for the sake of threads
-constexpr long SPAN = 512;           // dense entries
+constexpr long SPAN = 6 * KEYS;      // dense entries
 constexpr long WAVE = 8;             // spans computed before they are merged: what a split query may store
 constexpr double SPLIT_FROM = 400e3;  // multiply-adds below which a second thread costs more than it brings
 
@@ -51,13 +51,20 @@ struct Call : Arguments {
         past_offsets = key_starts + sequences;
         entry_offsets = past_offsets + sequences + 1;
     }
-    bool dense(long s) const { return !selected && has_entries(s); }
     bool has_entries(long s) const { return entries.data && entry_offsets[s] < entry_offsets[s + 1]; }
+    // Entries that the query at this position sees.
+    long visible(long position) const { return (position + 1) / ratio; }
+    // Whether a query's picks, ascending with "none" first, are all that it sees: then they need not be gathered.
+    bool picks_all(long query, long position) const {
+        const long seen = visible(position), *own = selected + query * picks, none = picks - seen;
+        return none >= 0 && (seen == 0 || own[none] == 0) && (none == 0 || own[none - 1] < 0);
+    }
 };
 
 struct Part {
     long sequence, query, count, position;  // `count` queries from row `query` on, the first of them at `position`
     long head, heads;
+    bool dense;  // all entries that they see; else each query's own picks
 
     long rows() const { return count * heads; }
     long last() const { return position + count - 1; }
@@ -156,13 +163,14 @@ struct Slots {
     }
 };
 
-// Entries [begin, end) of a sequence. While they are read, those a tile later, below `known`, are asked for.
-void read_entries(const Call& call, long s, long begin, long end, long known, float* to) {
+// Entries [begin, end) of a sequence, and what to call ahead: those a tile later, below `known`.
+void read_entries(const Call& call, long s, long begin, long end, long known, float* to, Ahead& ahead) {
     Slots slot(call, s, begin), later(call, s, begin + KEYS);
+    ahead.count = 0;
     for (long entry = begin; entry < end; entry++, ++slot, to += row_stride(call.width)) {
         read_key(call, call.entries, *slot, to);
         if (entry + KEYS >= known) continue;
-        prefetch_row(call.entries, *later, call.width);
+        ahead.rows[ahead.count++] = call.entries.data + *later * call.entries.stride;
         ++later;
     }
 }
@@ -183,12 +191,14 @@ void take_window(const Call& call, const Part& part, const Rows& rows, const Scr
     }
 }
 
-// Reads up to KEYS of the picks that are left, "none" left out. While they are read, later ones are asked for.
-long read_selected(const Call& call, long s, const long*& pick, const long* end, const long* known, float* to) {
+// Reads up to KEYS of the picks that are left, "none" left out; those of a tile later, below `known`, are for `ahead`.
+long read_selected(const Call& call, long s, const long*& pick, const long* end, const long* known, float* to,
+                   Ahead& ahead) {
     long count = 0;
+    ahead.count = 0;
     for (; pick < end && count < KEYS; pick++) {
-        if (pick + KEYS < known && pick[KEYS] >= 0)
-            prefetch_row(call.entries, *Slots(call, s, pick[KEYS]), call.width);
+        if (pick + KEYS < known && pick[KEYS] >= 0 && ahead.count < KEYS)
+            ahead.rows[ahead.count++] = call.entries.data + *Slots(call, s, pick[KEYS]) * call.entries.stride;
         if (*pick >= 0) read_key(call, call.entries, *Slots(call, s, *pick), to + count++ * row_stride(call.width));
     }
     return count;
@@ -197,33 +207,34 @@ long read_selected(const Call& call, long s, const long*& pick, const long* end,
 // Each query's own entries, KEYS at a time.
 void take_selected(const Call& call, const Part& part, const Rows& rows, const Scratch& s) {
     const long *pick = call.selected + part.query * call.picks, *known = pick + part.count * call.picks;
+    Ahead ahead;
+    ahead.bytes = row_bytes(call.entries, call.width);
     std::fill(s.from, s.from + part.heads, 0);
     for (long row = 0; row < rows.count; row += part.heads) {
         const Rows own{rows.query + row * rows.stride, part.heads, rows.width, rows.stride};
         const Softmax softmax{s.softmax.maximum + row, s.softmax.denominator + row, s.softmax.total + row * rows.stride};
         const long* const end = pick + call.picks;
-        while (const long count = read_selected(call, part.sequence, pick, end, known, s.keys)) {
+        while (const long count = read_selected(call, part.sequence, pick, end, known, s.keys, ahead)) {
             std::fill(s.to, s.to + part.heads, (int32_t)count);
-            take_in(own, {s.keys, 0, count, s.from, s.to}, softmax, s.work);
+            take_in(own, {s.keys, 0, count, s.from, s.to, &ahead}, softmax, s.work);
         }
     }
 }
 
-// Entries that the query at this position sees.
-long visible(const Call& call, long position) { return (position + 1) / call.ratio; }
-
 // A softmax of the entries of one span.
 void take_span(const Call& call, const Part& part, const Rows& rows, long begin, Softmax softmax, const Scratch& s) {
     clear(rows, softmax);
-    const long end = std::min(begin + SPAN, visible(call, part.last()));
+    const long end = std::min(begin + SPAN, call.visible(part.last()));
+    Ahead ahead;
+    ahead.bytes = row_bytes(call.entries, call.width);
     for (long tile = begin; tile < end; tile += KEYS) {
         const long last = std::min(end - tile, KEYS);
-        read_entries(call, part.sequence, tile, tile + last, end, s.keys);
+        read_entries(call, part.sequence, tile, tile + last, end, s.keys, ahead);
         for (long r = 0; r < rows.count; r++) {
             s.from[r] = 0;
-            s.to[r] = (int32_t)(visible(call, part.position + r / part.heads) - tile);
+            s.to[r] = (int32_t)(call.visible(part.position + r / part.heads) - tile);
         }
-        take_in(rows, {s.keys, 0, last, s.from, s.to}, softmax, s.work);
+        take_in(rows, {s.keys, 0, last, s.from, s.to, &ahead}, softmax, s.work);
     }
 }
 
@@ -232,8 +243,8 @@ void attend(const Call& call, const Part& part) {
     const Scratch s = scratch(call.width);
     const Rows rows = start(call, part, s);
     take_window(call, part, rows, s);
-    if (call.dense(part.sequence)) {
-        for (long begin = 0; begin < visible(call, part.last()); begin += SPAN) {
+    if (part.dense) {
+        for (long begin = 0; begin < call.visible(part.last()); begin += SPAN) {
             take_span(call, part, rows, begin, s.span, s);
             merge(rows, s.softmax, s.span, s.work);
         }
@@ -250,7 +261,7 @@ void attend_by_spans(const Call& call, const Part& part, int threads) {
     take_window(call, part, rows, s);
     const long room = rounded_up(rows.count, LINE), size = softmax_floats(room, rows.stride);
     const std::unique_ptr<float[]> states(new float[WAVE * size]);
-    const long spans = (visible(call, part.last()) + SPAN - 1) / SPAN;
+    const long spans = (call.visible(part.last()) + SPAN - 1) / SPAN;
     for (long wave = 0; wave < spans; wave += WAVE) {
         const long count = std::min(WAVE, spans - wave);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
@@ -266,9 +277,21 @@ void attend_by_spans(const Call& call, const Part& part, int threads) {
 // Multiply-adds of one part, about.
 double work_of(const Call& call, const Part& part) {
     long keys = std::min(call.window, part.last() + 1);
-    if (call.dense(part.sequence)) keys += visible(call, part.last());
-    if (call.selected) keys += call.picks;
+    if (part.dense)
+        keys += call.visible(part.last());
+    else if (call.selected)
+        keys += call.picks;
     return 2.0 * (double)part.rows() * (double)(keys * call.width);
+}
+
+// From `query` on, how many queries of a sequence are in one part, and whether densely: those that are alike.
+std::pair<long, bool> alike(const Call& call, long s, long query, long end, long position) {
+    if (!call.has_entries(s)) return {end - query, false};
+    if (!call.selected) return {end - query, true};
+    const bool dense = call.picks_all(query, position);
+    long count = 1;
+    while (query + count < end && call.picks_all(query + count, position + count) == dense) count++;
+    return {count, dense};
 }
 
 std::vector<Part> parts(const Call& call, long heads) {
@@ -276,10 +299,14 @@ std::vector<Part> parts(const Call& call, long heads) {
     const long most = std::max(1L, PART_ROWS / heads);
     for (long s = 0; s < call.sequences; s++) {
         const long first = call.query_offsets[s], end = call.query_offsets[s + 1];
-        for (long query = first; query < end; query += most)
+        for (long query = first; query < end;) {
+            const long position = call.query_starts[s] + query - first;
+            const auto [count, dense] = alike(call, s, query, std::min(query + most, end), position);
             for (long head = 0; head < call.heads; head += heads)
-                result.push_back({s, query, std::min(most, end - query), call.query_starts[s] + query - first, head,
-                                  std::min(heads, call.heads - head)});
+                result.push_back(
+                    {s, query, count, position, head, std::min(heads, call.heads - head), dense});
+            query += count;
+        }
     }
     return result;
 }
@@ -291,7 +318,7 @@ void attend_all(const Call& call, int threads) {
     bool spans = false;
     for (const Part& part : all) {
         work += work_of(call, part);
-        spans = spans || (call.dense(part.sequence) && visible(call, part.last()) > SPAN);
+        spans = spans || (part.dense && call.visible(part.last()) > SPAN);
     }
     const bool split = threads > 1 && work > SPLIT_FROM;
     if (split && spans && (long)all.size() < threads) {

@@ -27,20 +27,18 @@ void thalweg_rms_norm(const float* x, const float* weight, long rows, long width
     }
 }
 
-// Pairs of the last 2 * pairs channels of each row, turned by cos and sin [tokens, pairs]; the others are copied.
-void thalweg_rotate(const float* x, const float* cosines, const float* sines, long tokens, long heads, long width,
-                    long pairs, float* out, long threads) {
-    const bool split = threads > 1 && (double)tokens * heads * width > SPLIT_FROM;
+// Turns pairs of the last 2 * pairs channels of each row by cos and sin [tokens, pairs].
+void thalweg_rotate(float* x, const float* cosines, const float* sines, long tokens, long heads, long width,
+                    long pairs, long threads) {
+    const bool split = threads > 1 && (double)tokens * heads * pairs > SPLIT_FROM;
 #pragma omp parallel for schedule(static) num_threads(threads) if (split)
     for (long row = 0; row < tokens * heads; row++) {
-        const float *from = x + row * width, *c = cosines + row / heads * pairs, *s = sines + row / heads * pairs;
-        float* to = out + row * width;
-        const long plain = width - 2 * pairs;
-        memcpy(to, from, 4 * plain);
-        for (long i = 0; i < pairs; i++) {
-            const float a = from[plain + 2 * i], b = from[plain + 2 * i + 1];
-            to[plain + 2 * i] = a * c[i] - b * s[i];
-            to[plain + 2 * i + 1] = a * s[i] + b * c[i];
+        const float *c = cosines + row / heads * pairs, *s = sines + row / heads * pairs;
+        float* turned = x + (row + 1) * width - 2 * pairs;
+        for (long i = 0; i < pairs; i++, turned += 2) {
+            const float a = turned[0], b = turned[1];
+            turned[0] = a * c[i] - b * s[i];
+            turned[1] = a * s[i] + b * c[i];
         }
     }
 }

@@ -92,11 +92,9 @@ inline void read_row(const CachedRows& rows, long slot, long width, float* to) {
     }
 }
 
-// Asks for a row that will be read soon.
-inline void prefetch_row(const CachedRows& rows, long slot, long width) {
-    const char* from = rows.data + slot * rows.stride;
-    const long bytes = rows.format == FLOAT_ROWS ? 4 * width : rows.format == BFLOAT16_ROWS ? 2 * width : rows.stride;
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+// Bytes of a row that its elements take.
+inline long row_bytes(const CachedRows& rows, long width) {
+    return rows.format == FLOAT_ROWS ? 4 * width : rows.format == BFLOAT16_ROWS ? 2 * width : rows.stride;
 }
 
 }  // namespace thalweg

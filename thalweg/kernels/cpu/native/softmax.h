@@ -5,12 +5,13 @@
 // all leaves it as it was.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "gemm.h"
 
 namespace thalweg {
 
-constexpr long KEYS = 64;  // of a tile
+constexpr long KEYS = 96;  // of a tile
 constexpr long LINE = 16;  // floats of a cache line
 constexpr float NOTHING = -1e30f;  // a maximum below every logit; finite, so that differences stay numbers
 static_assert(KEYS % PANEL == 0 && LINE % LANES == 0);
@@ -27,11 +28,23 @@ struct Softmax {
     float* total;  // [rows, stride]
 };
 
+// Cached rows that the next tile will want, called into the cache while this one is computed.
+struct Ahead {
+    const char* rows[KEYS];
+    long count = 0, bytes = 0;
+
+    void call(long begin, long end) const {
+        for (long row = begin; row < std::min(end, count); row++)
+            for (long i = 0; i < bytes; i += 4 * LINE) __builtin_prefetch(rows[row] + i, 0, 2);
+    }
+};
+
 // Keys [first, last) of a tile are there; row r sees [from[r], to[r]).
 struct Tile {
     const float* keys;
     long first, last;
     const int32_t *from, *to;
+    const Ahead* ahead = nullptr;
 };
 
 struct Rows {
@@ -77,13 +90,15 @@ inline __attribute__((always_inline)) floats across(floats* v) {
         return v[0];
 }
 
-constexpr int DOT_ROWS = LANES == 16 ? 4 : 2, DOT_KEYS = 4;
-static_assert(DOT_ROWS * DOT_KEYS % LANES == 0 && KEYS % DOT_KEYS == 0);
+// As many sums as registers hold beside a column of one side and an element of the other.
+constexpr int DOT_ROWS = 4, DOT_KEYS = LANES == 16 ? 4 : 3;
+constexpr int DOTS = (DOT_ROWS * DOT_KEYS + LANES - 1) / LANES * LANES;
+static_assert(KEYS % DOT_KEYS == 0);
 
 // DOT_ROWS x DOT_KEYS scalar products: lanes along the width, folded at the end.
 inline __attribute__((always_inline)) void dots(const float* query, const float* keys, long width, long stride,
                                                 float* logits) {
-    floats sums[DOT_ROWS * DOT_KEYS] = {};
+    floats sums[DOTS] = {};
     for (long i = 0; i < width; i += LANES) {
         floats key[DOT_KEYS];
 #pragma GCC unroll 16
@@ -95,9 +110,9 @@ inline __attribute__((always_inline)) void dots(const float* query, const float*
             for (int k = 0; k < DOT_KEYS; k++) sums[r * DOT_KEYS + k] += x * key[k];
         }
     }
-    float folded[DOT_ROWS * DOT_KEYS];
+    float folded[DOTS];
 #pragma GCC unroll 16
-    for (int i = 0; i < DOT_ROWS * DOT_KEYS; i += LANES) store(folded + i, across<Sum>(sums + i));
+    for (int i = 0; i < DOTS; i += LANES) store(folded + i, across<Sum>(sums + i));
 #pragma GCC unroll 16
     for (int r = 0; r < DOT_ROWS; r++) memcpy(logits + r * KEYS, folded + r * DOT_KEYS, 4 * DOT_KEYS);
 }
@@ -108,10 +123,12 @@ inline void score(const Rows& rows, const Tile& tile, float* logits) {
     const long first = tile.first / DOT_KEYS * DOT_KEYS;
     for (long begin = 0; begin < rows.count; begin += block) {
         const long end = std::min(begin + block, rows.count);
-        for (long key = first; key < tile.last; key += DOT_KEYS)
+        for (long key = first; key < tile.last; key += DOT_KEYS) {
+            if (begin == 0 && tile.ahead) tile.ahead->call(key, key + DOT_KEYS);
             for (long r = begin; r < end; r += DOT_ROWS)
                 dots(rows.query + r * rows.stride, tile.keys + key * rows.stride, rows.width, rows.stride,
                      logits + r * KEYS + key);
+        }
     }
 }
 
@@ -171,18 +188,64 @@ inline void fade(const Rows& rows, const float* faded, float* total) {
     }
 }
 
-// Weighted values onto totals. Seven or eight rows are better halved than cut into six and a rest.
+// C[R, V * LANES] += A[R, depth] B[depth, V * LANES]: each sum one chain over k in ascending order, as in gemm.h.
+template <int R, int V>
+inline __attribute__((always_inline)) void onto(long depth, const float* a, const float* b, float* c, long stride) {
+    floats sums[R * V];
+#pragma GCC unroll 16
+    for (int i = 0; i < R * V; i++) sums[i] = load(c + i / V * stride + i % V * LANES);
+    for (long k = 0; k < depth; k++) {
+        floats values[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; v++) values[v] = load(b + k * stride + v * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            const float x = a[r * KEYS + k];
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) sums[r * V + v] += x * values[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R * V; i++) store(c + i / V * stride + i % V * LANES, sums[i]);
+}
+
+// V vectors of columns of a few rows.
+template <int V>
+inline void onto_rows(const Rows& rows, long depth, const float* weights, const float* values, float* total) {
+    long r = 0;
+    const auto next = [&](long count) {
+        const long at = std::exchange(r, r + count);
+        return std::pair(weights + at * KEYS, total + at * rows.stride);
+    };
+    while (r + 4 <= rows.count) {
+        const auto [from, to] = next(4);
+        onto<4, V>(depth, from, values, to, rows.stride);
+    }
+    if (r + 2 <= rows.count) {
+        const auto [from, to] = next(2);
+        onto<2, V>(depth, from, values, to, rows.stride);
+    }
+    if (r < rows.count) {
+        const auto [from, to] = next(1);
+        onto<1, V>(depth, from, values, to, rows.stride);
+    }
+}
+
+constexpr long FEW = 8;  // rows that gemm.h's six at a time, of two vectors, do not suit
+
+// Weighted values onto totals.
 inline void gather(const Rows& rows, const Tile& tile, const float* weights, float* total) {
     const long depth = tile.last - tile.first;
-    const long rest = LANES < 16 && rows.count >= 7 && (rows.count % ROWS == 1 || rows.count % ROWS == 2) ? 4 : 0;
-    const long most = rows.count - rest;
-    const float* from = weights + tile.first;
-    for (long column = 0; column < rows.width; column += PANEL) {
-        const float* values = tile.keys + tile.first * rows.stride + column;
-        product(most, depth, from, KEYS, values, rows.stride, total + column, rows.stride, false);
-        product(rest, depth, from + most * KEYS, KEYS, values, rows.stride, total + most * rows.stride + column,
-                rows.stride, false);
+    const float *from = weights + tile.first, *values = tile.keys + tile.first * rows.stride;
+    long column = 0;
+    if (LANES < 16 && rows.count <= FEW) {
+        for (; column + 3 * LANES <= rows.width; column += 3 * LANES)
+            onto_rows<3>(rows, depth, from, values + column, total + column);
+        for (; column < rows.width; column += LANES)
+            onto_rows<1>(rows, depth, from, values + column, total + column);
     }
+    for (; column < rows.width; column += PANEL)
+        product(rows.count, depth, from, KEYS, values + column, rows.stride, total + column, rows.stride, false);
 }
 
 // Takes a tile into the softmax.
