@@ -46,6 +46,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
+def new_call_id(index: int) -> str:
+    """The id of an answer's tool call number `index`; unique among all answers."""
+    return f"call_{index}_{secrets.token_hex(8)}"
+
+
 class Service:
     """One loaded model behind HTTP."""
 
