@@ -25,7 +25,10 @@ WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
         "cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id",
         "workspace_id",
     ),
-    "responses": (*_OPENAI, "client_metadata", "max_tool_calls"),
+    "responses": (
+        "client_metadata", "max_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "safety_identifier", "service_tier", "store", "user",
+    ),
 }  # fmt: skip
 MOST_LOGPROBS = 20
 MOST_CHOICES = 16
