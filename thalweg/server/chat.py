@@ -94,12 +94,12 @@ async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
     tokenizer = service.runtime.tokenizer
 
     def encode() -> ChatPrompt:
-        return encode_chat([_as_system(message) for message in body.messages], tokenizer, options)
+        return encode_chat([as_system(message) for message in body.messages], tokenizer, options)
 
     return await service.off_loop(_size([body.messages, body.tools]), encode)
 
 
-def _as_system(message: Any) -> Any:
+def as_system(message: Any) -> Any:
     """OpenAI's `developer` role is its new word for system; V4's own developer turns come with tools of their own."""
     if isinstance(message, dict) and message.get("role") == "developer" and not message.get("tools"):
         return {**message, "role": "system"}
