@@ -17,6 +17,7 @@ from thalweg.server.access import caller_of
 from thalweg.server.cache_report import CacheReporting
 from thalweg.server.choices import close_all, collected, final_usages, merged
 from thalweg.server.generation import Generation, Piece
+from thalweg.server.output_rules import OutputWishes, offered_tools, read_output_format, read_tool_choice
 from thalweg.server.schemas import ChatBody
 from thalweg.server.service import LONG_TEXT, CacheSpace, Prompt, Service, new_id
 from thalweg.server.sse import EventStream, Message
@@ -26,7 +27,6 @@ from thalweg.text.chat import (
     ChatPrompt,
     EncoderRevision,
     ReasoningEffort,
-    ToolChoice,
     encode_chat,
     read_effort,
 )
@@ -45,7 +45,10 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     reporting = CacheReporting.of(request, body.return_cache_report)
     cache = CacheSpace(caller_of(request), body.salt())
+    wishes = output_wishes(body)
     encoded = await encode_conversation(service, body)
+    rules = await service.output_rules.make(wishes, encoded.starts_in)
+    tokenizer = service.runtime.tokenizer
     prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries)
     response_id = new_id("chatcmpl")
     generations: list[Generation] = []
@@ -53,9 +56,11 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
         for choice in range(body.n or 1):
             max_tokens = body.max_completion_tokens or body.max_tokens
             sampling = body.sampling(max_tokens=max_tokens, logprobs=logprobs, choice=choice)
-            parser = ChatParser(service.runtime.tokenizer, encoded.starts_in)
+            parser = ChatParser(tokenizer, encoded.starts_in, spelled_marks=rules is None or rules.grammar is None)
             name = f"{response_id}-{choice}"
-            generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache))
+            generations.append(
+                service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache, rules=rules)
+            )
     except BaseException:
         close_all(generations)
         raise
@@ -64,6 +69,21 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
         return EventStream(answer.stream(), lambda: close_all(generations))
     pieces = await collected(request, generations)
     return JSONResponse(answer.whole(pieces), headers=reporting.headers(final_usages(pieces)))
+
+
+def output_wishes(body: ChatBody) -> OutputWishes:
+    """What the body says of the output. Raises RequestError naming the field."""
+    last = body.messages[-1] if body.messages else None
+    continues = isinstance(last, dict) and bool(last.get("prefix") or last.get("wo_eos")) and bool(last.get("content"))
+    return OutputWishes(
+        tools=offered_tools(body.tools, body.messages),
+        tool_choice=body.tool_choice,
+        several_calls=body.parallel_tool_calls is not False,
+        response_format=read_output_format(body.response_format),
+        thinking_budget=body.budget(),
+        continues_content=continues,
+        and bool((last.get("prefix") or last.get("wo_eos")) and last.get("content")),
+    )
 
 
 async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
@@ -105,7 +125,8 @@ def _options(service: Service, body: ChatBody) -> ChatOptions:
         reasoning_effort=ReasoningEffort.LOW if effort == "none" else read_effort(effort),
         revision=EncoderRevision(service.runtime.chat_encoding),
         tools=body.tools or None,
-        tool_choice=ToolChoice(body.tool_choice or "auto"),
+        response_format=body.response_format,
+        tool_choice=read_tool_choice(body.tool_choice, offered_tools(body.tools, body.messages))[0],
     )
 
 
@@ -152,8 +173,6 @@ class _Answer:
         choices, usages = [], final_usages(pieces)
         for index, own in enumerate(pieces):
             choice = self._choices[index]
-            for piece in own:
-                choice.count(piece)
             parsed = collect([delta for piece in own for delta in piece.deltas])
             message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
             if parsed.reasoning or choice.thinking:
@@ -185,7 +204,6 @@ class _Answer:
         if piece.progress is not None:
             return []
         choice = self._choices[index]
-        choice.count(piece)
         shown = [choice.delta(delta) for delta in piece.deltas]
         deltas = [fields for fields in shown if fields] or [{}]
         logprobs = self._logprobs(list(piece.tokens))
@@ -215,17 +233,22 @@ class _Answer:
         """`tool_calls` where the answer ends with complete calls; `malformed_tool_call` where markup was no call."""
         if finish is not FinishReason.STOP:
             return None if finish is None else finish.value
-        parser = self._generations[index].reader
-        assert isinstance(parser, ChatParser), "a chat answer was read by something else"
+        parser = self._parser(index)
         if parser.malformed:
             return "malformed_tool_call"
         return "tool_calls" if parser.tool_calls else "stop"
+
+    def _parser(self, index: int) -> ChatParser:
+        parser = self._generations[index].reader
+        assert isinstance(parser, ChatParser), "a chat answer was read by something else"
+        return parser
 
     def _logprobs(self, tokens: list[Any]) -> dict[str, Any] | None:
         return chat_logprobs(self._service.runtime.tokenizer, tokens) if self._body.logprobs else None
 
     def _usage(self, usages: list[Usage]) -> dict[str, Any]:
-        return usage_fields(usages, sum(choice.reasoning_tokens for choice in self._choices))
+        reasoning_tokens = sum(self._parser(index).reasoning_tokens for index in range(len(self._generations)))
+        return usage_fields(usages, reasoning_tokens)
 
 
 class _Choice:
@@ -234,15 +257,6 @@ class _Choice:
     def __init__(self, thinking: bool) -> None:
         self.thinking = thinking
         self.role_sent = False
-        self.reasoning_tokens = 0
-        self._in_reasoning = thinking
-
-    def count(self, piece: Piece) -> None:
-        """Tokens up to the first content or call are reasoning, where the answer began inside thinking."""
-        if not self._in_reasoning:
-            return
-        self.reasoning_tokens += len(piece.tokens)
-        self._in_reasoning = all(isinstance(delta, ReasoningText) for delta in piece.deltas)
 
     def delta(self, delta: Delta) -> dict[str, Any]:
         """A streamed delta in OpenAI's form, with DeepSeek's reasoning_content."""

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = (
 MOST_LOGPROBS = 20
 MOST_CHOICES = 16
 MOST_STOPS = 16
+MOST_BIAS = 100
 # The range of temperature is OpenAI's and DeepSeek's.
 _Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
 _Share = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -51,6 +52,8 @@ _WORDS = {
 }
 _UNION_BRANCH = re.compile(r"(constrained-|nullable|function-)?(str|int|float|bool|list|dict|none)\b")
 
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -63,11 +66,7 @@ class StreamOptions(BaseModel):
 class Thinking(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["enabled", "disabled"]
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
+    budget_tokens: _FromZero | None = None
 
 
 class SamplingBody(BaseModel):
@@ -88,6 +87,7 @@ class SamplingBody(BaseModel):
     stop_token_ids: _Ids | None = None
     min_tokens: _FromZero | None = None
     ignore_eos: StrictBool | None = None
+    logit_bias: dict[str, Any] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -127,22 +127,44 @@ class SamplingBody(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            logit_bias=tuple(_bias(token, bias) for token, bias in (self.logit_bias or {}).items()),
         )
 
 
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    """One entry of logit_bias. The engine checks the id against the vocabulary."""
+    path = f"logit_bias.{token:.40}"
+    if not _TOKEN_ID.fullmatch(token):
+        raise RequestError(f"{path} must be a token id in decimal digits", param=path)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+        raise RequestError(f"{path} must be a number from -{MOST_BIAS} to {MOST_BIAS}", param=path)
+    return int(token), float(bias)
+
+
 class ChatBody(SamplingBody):
-    """POST /v1/chat/completions. Messages and tools are checked by the chat encoder."""
+    """POST /v1/chat/completions. The chat encoder checks messages and tools, output_rules the choice and the format."""
 
     messages: list[Any]
     max_completion_tokens: _Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[Any] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: StrictBool | None = None
+    response_format: Any = None
     thinking: Thinking | None = None
+    thinking_budget: _FromZero | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def budget(self) -> int | None:
+        """How many tokens the thinking may have, in either spelling; None for as many as the answer."""
+        other = self.thinking.budget_tokens if self.thinking else None
+        if other is not None and self.thinking is not None and self.thinking.type == "disabled":
+            raise RequestError("thinking.budget_tokens needs thinking.type 'enabled'", param="thinking.budget_tokens")
+        if None not in (other, self.thinking_budget) and other != self.thinking_budget:
+            raise RequestError("thinking_budget and thinking.budget_tokens differ", param="thinking_budget")
+        return self.thinking_budget if other is None else other
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -178,7 +200,6 @@ class DetokenizeBody(BaseModel):
 NESTED: Mapping[str, type[BaseModel]] = {
     "stream_options": StreamOptions,
     "thinking": Thinking,
-    "response_format": ResponseFormat,
 }
 
 
@@ -191,7 +212,8 @@ def parse_body(kind: type[Body], fields: Any) -> Body:
         if name not in known:
             raise RequestError(f"{name} is not a supported field.{nearest(str(name), known)}", param=str(name))
     try:
-        return kind.model_validate({k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
+        own = kind.model_fields
+        return kind.model_validate({k: v for k, v in fields.items() if k in own or k not in WITHOUT_EFFECT})
     except ValidationError as error:
         raise _named(error.errors(include_url=False)) from error
 

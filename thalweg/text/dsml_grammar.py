@@ -12,7 +12,7 @@ markup is text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
@@ -39,10 +39,12 @@ class BlockStart(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that may be called. `loose`: any parameters, because its schema cannot be enforced."""
+    """A function that may be called. `lenient`: keywords that cannot be enforced are left out of account; `loose`: any
+    parameters, because nothing of its schema can be enforced."""
 
     name: str
     parameters: Mapping[str, Any]
+    lenient: bool = False
     loose: bool = False
 
     @property
@@ -147,6 +149,7 @@ class _Writer:
         self._mark = f"<[{mark}]>"
         self._lines: list[str] = []
         self._names = 0
+        self._lenient = False
 
     def block(self, functions: Sequence[Function], start: BlockStart, *, several: bool, instead: str | None) -> str:
         calls = " | ".join(self._call(function) for function in functions)
@@ -163,6 +166,7 @@ class _Writer:
     def _call(self, function: Function) -> str:
         head = text_term(f'invoke name="{function.name}">\n')
         foot = text_term("invoke>\n")
+        self._lenient = function.lenient
         parameters = self._any_parameter() + "*" if function.loose else self._parameters(function.parameters)
         rule = f"{text_term('<')} {self._mark} {head} {parameters} {text_term('</')} {self._mark} {foot}"
         return self._rule(rule)
@@ -206,7 +210,7 @@ class _Writer:
             raw = self._terminal(f"({' | '.join(values.texts)}) {text_term('</')}")
             ways.append(f"{text_term(' string=' + chr(34) + 'true' + chr(34) + '>')} {raw}")
         for schema in values.schemas:
-            value = self._rule(json_term(schema))
+            value = self._rule(json_term(schema, lenient=self._lenient))
             ways.append(f"{text_term(' string=' + chr(34) + 'false' + chr(34) + '>')} {value} {text_term('</')}")
         body = self._rule(" | ".join(ways))
         foot = text_term("parameter>\n")
@@ -223,12 +227,3 @@ class _Writer:
         self._names += 1
         self._lines.append(f"{name}: {body}")
         return name
-
-
-def without_faults(functions: Sequence[Function], compiles: Callable[[str], bool], mark: int) -> list[Function]:
-    """The same functions, those whose grammar does not compile made loose."""
-    result = []
-    for function in functions:
-        alone = calls_grammar([function], mark, BlockStart.TAG, several=False)
-        result.append(function if compiles(alone) else Function(function.name, {}, loose=True))
-    return result

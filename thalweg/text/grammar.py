@@ -87,7 +87,9 @@ class GrammarCompiler:
                 self._kept.move_to_end(text)
                 return self._kept[text]
         if len(text) > _MOST_CHARACTERS:
-            raise GrammarTextError(f"its grammar has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are allowed")
+            raise GrammarTextError(
+                f"its grammar has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are allowed"
+            )
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise GrammarTextError(_reason(matcher.get_error()))
