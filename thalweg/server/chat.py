@@ -82,7 +82,6 @@ def output_wishes(body: ChatBody) -> OutputWishes:
         response_format=read_output_format(body.response_format),
         thinking_budget=body.budget(),
         continues_content=continues,
-        and bool((last.get("prefix") or last.get("wo_eos")) and last.get("content")),
     )
 
 
