@@ -159,9 +159,9 @@ class Outcome:
 
 def submit(engine: Engine, name: str, prompt: SequenceOf[int], **sampling: Any) -> Outcome:
     outcome = Outcome()
-    salt = sampling.pop("cache_salt", "")
+    salt, rules = sampling.pop("cache_salt", ""), sampling.pop("rules", None)
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})
-    engine.submit(GenerateRequest(name, np.array(prompt, np.int32), params, cache_salt=salt), outcome)
+    engine.submit(GenerateRequest(name, np.array(prompt, np.int32), params, cache_salt=salt, rules=rules), outcome)
     return outcome
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from thalweg.text.chat import OutputStart
-from thalweg.text.deltas import ParsedMessage
 from thalweg.text.dsml_grammar import BlockStart, Function, Values, calls_grammar, values_of
 from thalweg.text.grammar import Grammar, GrammarCompiler, GrammarTextError, json_term
 from thalweg.text.markers import DSML
@@ -84,13 +83,14 @@ def wandering(grammar: Grammar, tokenizer: Tokenizer, seed: int, most: int = 800
     rng = np.random.default_rng(seed)
     run, ids = grammar.start(), []
     closing = np.zeros(tokenizer.vocab_size, bool)
-    closing[[i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b"<", b"</", b'"', b"}", b"]")]] = 1
-    closing[tokenizer.special_id(DSML)] = True
+    closing[[i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b"</", b'"', b"}", b"]")]] = 1
+    mark = tokenizer.special_id(DSML)
     while not run.over and len(ids) < most and not (run.can_end and rng.random() < 0.3):
-        mask = np.unpackbits(np.frombuffer(run.allowed(), np.uint8), bitorder="little")[: tokenizer.vocab_size] > 0
-        mask[tokenizer.eos_id] = False
-        good = np.flatnonzero(mask & closing)
-        choices = good if len(good) and rng.random() < 0.3 else np.flatnonzero(mask)
+        allowed = np.unpackbits(np.frombuffer(run.allowed(), np.uint8), bitorder="little")[: tokenizer.vocab_size] > 0
+        allowed[tokenizer.eos_id] = False
+        good = np.flatnonzero(allowed & closing)
+        choices = good if len(good) and rng.random() < 0.3 else np.flatnonzero(allowed)
+        choices = [mark] if allowed[mark] and rng.random() < 0.7 else choices
         ids.append(int(rng.choice(choices)))
         run.consume(ids[-1])
     return ids if run.can_end else []
