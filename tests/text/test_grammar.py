@@ -79,19 +79,18 @@ def accepts(grammar: Grammar, text: str, tokenizer: Tokenizer) -> bool:
 
 
 def wandering(grammar: Grammar, tokenizer: Tokenizer, seed: int, most: int = 800) -> list[int]:
-    """A random sentence of a grammar, one that likes to close what is open."""
+    """A random sentence of a grammar, one that likes to close what is open; empty if it found no end."""
     rng = np.random.default_rng(seed)
     run, ids = grammar.start(), []
-    closing = np.zeros(tokenizer.vocab_size, bool)
-    closing[[i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b"</", b'"', b"}", b"]")]] = 1
-    mark = tokenizer.special_id(DSML)
+    by_text = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
     while not run.over and len(ids) < most and not (run.can_end and rng.random() < 0.3):
         allowed = np.unpackbits(np.frombuffer(run.allowed(), np.uint8), bitorder="little")[: tokenizer.vocab_size] > 0
         allowed[tokenizer.eos_id] = False
-        good = np.flatnonzero(allowed & closing)
-        choices = good if len(good) and rng.random() < 0.3 else np.flatnonzero(allowed)
-        choices = [mark] if allowed[mark] and rng.random() < 0.7 else choices
-        ids.append(int(rng.choice(choices)))
+        behind_bracket = bool(ids) and tokenizer.token_bytes(ids[-1]).endswith(b"<")
+        closers = [DSML.encode(), b"/"] if behind_bracket else [DSML.encode(), b"<", b'"', b"}", b"]"]
+        good = [by_text[text] for text in closers if text in by_text and allowed[by_text[text]]]
+        likely = rng.random() < (0.9 if behind_bracket or DSML.encode() in map(tokenizer.token_bytes, good) else 0.25)
+        ids.append(int(rng.choice(good if good and likely else np.flatnonzero(allowed))))
         run.consume(ids[-1])
     return ids if run.can_end else []
 
