@@ -18,8 +18,8 @@ from thalweg.text.tokenizer import Tokenizer
 
 _MOST_CHARACTERS = 1_000_000  # of a grammar; the library has limits of its own on what becomes of it
 _MOST_KEPT = 64
-# One line break, then indentation: a model that likes white space cannot go on with it for ever.
-_WHITE_SPACE = r"(\r?\n)?[ \t]{0,40}"
+# One space, or a line break and indentation: a model that likes white space cannot go on with it for ever.
+_WHITE_SPACE = r" ?|\r?\n[ \t]{0,20}"
 
 
 class GrammarTextError(Exception):
