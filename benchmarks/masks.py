@@ -7,6 +7,7 @@ grammar and without; the samples are milliseconds per token of the sampling alon
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -58,7 +59,8 @@ _CALL = (
 def main(out: Path, directories: list[Path]) -> None:
     """Measure with each tokenizer and append the lines."""
     torch.set_num_threads(1)
-    facts = machine_facts()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    facts = {**machine_facts(), "commit": commit.strip()}
     with out.open("a", encoding="utf-8") as file:
         for directory in directories:
             for line in measured(Tokenizer.load(directory)):

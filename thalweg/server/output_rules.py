@@ -134,8 +134,11 @@ def _check_names(value: Mapping[str, Any], known: Sequence[str], path: str) -> N
 class OutputRuleMaker:
     """Makes rules off the event loop and off the engine thread."""
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
-        """Looks at the whole vocabulary."""
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], compile_seconds: float = _COMPILE_SECONDS
+    ) -> None:
+        """Looks at the whole vocabulary. A request whose schemas take longer than `compile_seconds` is refused."""
+        self._compile_seconds = compile_seconds
         self._tokens = RuleTokens.of(tokenizer, eos_token_ids)
         self._compiler = GrammarCompiler(tokenizer)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="thalweg-grammar")
@@ -149,11 +152,11 @@ class OutputRuleMaker:
             return self._rules(wishes, starts_in)
         work = asyncio.get_running_loop().run_in_executor(self._pool, self._rules, wishes, starts_in)
         try:
-            return await asyncio.wait_for(work, _COMPILE_SECONDS)
+            return await asyncio.wait_for(work, self._compile_seconds)
         except TimeoutError:
             path = "tools" if wishes.response_format is None else "response_format"
             raise RequestError(
-                f"the schemas of {path} take over {_COMPILE_SECONDS:g} s to compile", param=path
+                f"the schemas of {path} take over {self._compile_seconds:g} s to compile", param=path
             ) from None
 
     def _rules(self, wishes: OutputWishes, starts_in: OutputStart) -> ChatRules | None:

@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from thalweg.errors import GrammarError
 from thalweg.text.tokenizer import Tokenizer
 
-_MOST_CHARACTERS = 1_000_000  # of a grammar; the library has limits of its own on what becomes of it
+_MOST_CHARACTERS = 500_000  # of a grammar; the library has limits of its own on what becomes of it
 _MOST_KEPT = 64
 # One space, or a line break and indentation: a model that likes white space cannot go on with it for ever.
 _WHITE_SPACE = r" ?|\r?\n[ \t]{0,20}"
@@ -90,7 +90,7 @@ class GrammarCompiler:
             raise GrammarTextError(
                 f"its grammar has {len(text):,} characters; at most {_MOST_CHARACTERS:,} are allowed"
             )
-        matcher = LLMatcher(self._tokenizer, text, log_level=0)
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise GrammarTextError(_reason(matcher.get_error()))
         grammar = Grammar(matcher)
@@ -136,5 +136,7 @@ class _Vocabulary:
 
 def _reason(error: str) -> str:
     """The library's first line without the place in the grammar, which is not the client's."""
+    if error.startswith("panic"):  # an assertion of the library, on the number of symbols for one
+        return "its grammar is too large"
     line = error.split("\n")[0] if "regex parse error" not in error else " ".join(error.split("\n")[:4])
     return " ".join(line.split(": ", 1)[-1].split()) if line.startswith("at ") else line

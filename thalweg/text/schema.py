@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +34,11 @@ class SchemaFault:
 
 def faults(schema: object, path: str) -> Iterator[SchemaFault]:
     """All faults of a schema, outermost first."""
-    left: list[tuple[object, str, int]] = [(schema, path, 0)]
+    left: deque[tuple[object, str, int]] = deque([(schema, path, 0)])
     for _ in range(_MOST_SCHEMAS):
         if not left:
             return
-        part, place, depth = left.pop(0)
+        part, place, depth = left.popleft()
         if isinstance(part, bool):
             continue
         if not isinstance(part, Mapping):
