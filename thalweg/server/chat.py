@@ -20,18 +20,18 @@ from thalweg.errors import RequestError, nearest
 from thalweg.server.access import caller_of
 from thalweg.server.cache_report import CacheReporting
 from thalweg.server.choices import close_all, collected, final_usages, merged
-from thalweg.server.ending import Ending, ending_of
+from thalweg.server.ending import Ending, ending_of, reader_of
 from thalweg.server.generation import Generation, Piece
+from thalweg.server.output_rules import OutputWishes, offered_tools, read_output_format, read_tool_choice
 from thalweg.server.schemas import ChatBody
 from thalweg.server.service import LONG_TEXT, CacheSpace, Prompt, Service, new_call_id, new_id
 from thalweg.server.sse import EventStream, Message
-from thalweg.server.usage import ReasoningCount, chat_logprobs, usage_fields
+from thalweg.server.usage import chat_logprobs, usage_fields
 from thalweg.text.chat import (
     ChatOptions,
     ChatPrompt,
     EncoderRevision,
     ReasoningEffort,
-    ToolChoice,
     encode_chat,
     read_effort,
 )
@@ -72,20 +72,39 @@ async def start_conversation(service: Service, body: ChatBody, request: Request,
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     reporting = CacheReporting.of(request, body.return_cache_report)
     cache = CacheSpace(caller_of(request), body.salt())
+    wishes = output_wishes(body)
     encoded = await encode_conversation(service, body)
+    rules = await service.output_rules.make(wishes, encoded.starts_in)
+    tokenizer = service.runtime.tokenizer
     prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries)
     generations: list[Generation] = []
     try:
         for choice in range(body.n or 1):
             max_tokens = body.max_completion_tokens or body.max_tokens
             sampling = body.sampling(max_tokens=max_tokens, logprobs=logprobs, choice=choice)
-            parser = ChatParser(service.runtime.tokenizer, encoded.starts_in)
+            parser = ChatParser(tokenizer, encoded.starts_in, spelled_marks=rules is None or rules.grammar is None)
             name = f"{response_id}-{choice}"
-            generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache))
+            generations.append(
+                service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache, rules=rules)
+            )
     except BaseException:
         close_all(generations)
         raise
     return Conversation(encoded, generations, reporting)
+
+
+def output_wishes(body: ChatBody) -> OutputWishes:
+    """What the body says of the output. Raises RequestError naming the field."""
+    last = body.messages[-1] if body.messages else None
+    continues = isinstance(last, dict) and bool(last.get("prefix") or last.get("wo_eos")) and bool(last.get("content"))
+    return OutputWishes(
+        tools=offered_tools(body.tools, body.messages),
+        tool_choice=body.tool_choice,
+        several_calls=body.parallel_tool_calls is not False,
+        response_format=read_output_format(body.response_format),
+        thinking_budget=body.budget(),
+        continues_content=continues,
+    )
 
 
 async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
@@ -129,7 +148,8 @@ def _options(service: Service, body: ChatBody) -> ChatOptions:
         revision=EncoderRevision(service.runtime.chat_encoding),
         drop_thinking=drops,
         tools=body.tools or None,
-        tool_choice=ToolChoice(body.tool_choice or "auto"),
+        response_format=body.response_format,
+        tool_choice=read_tool_choice(body.tool_choice, offered_tools(body.tools, body.messages))[0],
     )
 
 
@@ -175,8 +195,6 @@ class _Answer:
         choices, usages = [], final_usages(pieces)
         for index, own in enumerate(pieces):
             choice = self._choices[index]
-            for piece in own:
-                choice.reasoning.count(piece)
             parsed = collect([delta for piece in own for delta in piece.deltas])
             message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
             if parsed.reasoning or choice.thinking:
@@ -208,7 +226,6 @@ class _Answer:
         if piece.progress is not None:
             return []
         choice = self._choices[index]
-        choice.reasoning.count(piece)
         shown = [choice.delta(delta) for delta in piece.deltas]
         deltas = [fields for fields in shown if fields] or [{}]
         logprobs = self._logprobs(list(piece.tokens))
@@ -245,7 +262,7 @@ class _Answer:
         return chat_logprobs(self._service.runtime.tokenizer, tokens) if self._body.logprobs else None
 
     def _usage(self, usages: list[Usage]) -> dict[str, Any]:
-        return usage_fields(usages, sum(choice.reasoning.tokens for choice in self._choices))
+        return usage_fields(usages, sum(reader_of(own).reasoning_tokens for own in self._generations))
 
 
 class _Choice:
@@ -254,7 +271,6 @@ class _Choice:
     def __init__(self, thinking: bool) -> None:
         self.thinking = thinking
         self.role_sent = False
-        self.reasoning = ReasoningCount(thinking)
 
     def delta(self, delta: Delta) -> dict[str, Any]:
         """A streamed delta in OpenAI's form, with DeepSeek's reasoning_content."""

@@ -23,10 +23,16 @@ def ending_of(generation: Generation, finish: FinishReason) -> Ending:
     """The ending of a conversation's generation that finished by itself, by a limit or by a stop string."""
     if finish is not FinishReason.STOP:
         return Ending(finish.value)
-    parser = generation.reader
-    assert isinstance(parser, ChatParser), "a conversation's answer was read by something else"
+    parser = reader_of(generation)
     if parser.malformed:
         return Ending.MALFORMED
     if parser.tool_calls:
         return Ending.TOOL_CALLS
     return Ending.STOP if generation.stop_string is None else Ending.STOP_STRING
+
+
+def reader_of(generation: Generation) -> ChatParser:
+    """What reads a conversation's answer."""
+    parser = generation.reader
+    assert isinstance(parser, ChatParser), "a conversation's answer was read by something else"
+    return parser

@@ -12,14 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from thalweg.server.chat import Conversation, encode_conversation, start_conversation
 from thalweg.server.choices import close_all, collected, final_usages, merged
-from thalweg.server.ending import Ending, ending_of
+from thalweg.server.ending import Ending, ending_of, reader_of
 from thalweg.server.generation import Piece
 from thalweg.server.messages_input import CountBody, MessagesBody, to_chat
 from thalweg.server.runs import Run, RunBegins, RunCutter, RunGoesOn, RunKind, Step
 from thalweg.server.sealed import seal, sign
 from thalweg.server.service import Service, new_call_id, new_id
 from thalweg.server.sse import MESSAGE_EVENTS, EventStream, Message
-from thalweg.server.usage import ReasoningCount
 from thalweg.types import Usage
 
 Event = dict[str, Any]
@@ -86,7 +85,6 @@ class MessageWriter:
 
     def __init__(self, message_id: str, model: str, conversation: Conversation, *, omits_thinking: bool) -> None:
         self._generation = conversation.generations[0]
-        self._reasoning = ReasoningCount(conversation.prompt.thinking)
         self._omits_thinking = omits_thinking
         self._cutter = RunCutter()
         self._blocks: list[Event] = []
@@ -98,9 +96,8 @@ class MessageWriter:
 
     def push(self, piece: Piece) -> list[Event]:
         """The events of a piece. The first one with usage starts the message: only then is known what was cached."""
-        self._reasoning.count(piece)
         if piece.usage is not None:
-            self._usage = _usage_fields(piece.usage, self._reasoning.tokens)
+            self._usage = _usage_fields(piece.usage, reader_of(self._generation).reasoning_tokens)
         events: list[Event] = []
         if not self._started:
             self._started = True

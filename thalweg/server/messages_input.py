@@ -131,8 +131,12 @@ def to_chat(body: CountBody) -> tuple[ChatBody, Origin]:
     fields: dict[str, Any] = {"model": body.model, "messages": _Turns(body, origin).messages}
     fields["tools"] = _tools(body.tools or [], origin) or None
     fields["tool_choice"] = _tool_choice(body.tool_choice)
+    if body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use:
+        fields["parallel_tool_calls"] = False
     if body.thinking is not None:
-        fields["thinking"] = {"type": "disabled" if body.thinking.type == "disabled" else "enabled"}
+        off = body.thinking.type == "disabled"
+        budget = {} if body.thinking.budget_tokens is None else {"budget_tokens": body.thinking.budget_tokens}
+        fields["thinking"] = {"type": "disabled" if off else "enabled", **budget}
     if body.output_config is not None:
         form = body.output_config.format
         fields["reasoning_effort"] = body.output_config.effort

@@ -44,7 +44,8 @@ class Origin:
         if entry[1] == "messages":
             return place
         rest = entry[3].removeprefix(".function").lstrip(".")
-        return f"{place}.{self.names.get(rest, rest)}" if rest else place
+        first, dot, more = rest.partition(".")
+        return f"{place}.{self.names.get(first, first)}{dot}{more}" if rest else place
 
 
 def check_fields(value: object, allowed: tuple[str, ...], path: str) -> dict[str, Any]:

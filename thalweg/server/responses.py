@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from thalweg.errors import ThalwegError
 from thalweg.server.chat import Conversation, start_conversation
 from thalweg.server.choices import close_all, collected, final_usages, merged
-from thalweg.server.ending import Ending, ending_of
+from thalweg.server.ending import Ending, ending_of, reader_of
 from thalweg.server.generation import Piece
 from thalweg.server.responses_input import ResponsesBody, to_chat
 from thalweg.server.responses_tools import Toolbox, ToolName, custom_input
@@ -22,7 +22,6 @@ from thalweg.server.runs import Run, RunBegins, RunCutter, RunGoesOn, RunKind, S
 from thalweg.server.sealed import seal
 from thalweg.server.service import Service, new_call_id, new_id
 from thalweg.server.sse import EventStream, Message, StreamForm, event_line
-from thalweg.server.usage import ReasoningCount
 from thalweg.types import Usage
 
 Event = dict[str, Any]
@@ -80,7 +79,6 @@ class ResponseWriter:
     ) -> None:
         self._generation = conversation.generations[0]
         self._reporting = conversation.reporting
-        self._reasoning = ReasoningCount(conversation.prompt.thinking)
         self._seals = "reasoning.encrypted_content" in (body.include or [])
         self._toolbox = toolbox
         self._cutter = RunCutter()
@@ -108,7 +106,6 @@ class ResponseWriter:
 
     def push(self, piece: Piece) -> list[Event]:
         """The events of a piece."""
-        self._reasoning.count(piece)
         self._usage = piece.usage or self._usage
         events = self._events(self._cutter.push(piece.deltas), "completed")
         if piece.finish is None:
@@ -122,7 +119,9 @@ class ResponseWriter:
 
     def response(self) -> Event:
         """The response so far; whole after the last piece."""
-        usage = None if self._usage is None else _usage_fields(self._usage, self._reasoning.tokens)
+        usage = (
+            None if self._usage is None else _usage_fields(self._usage, reader_of(self._generation).reasoning_tokens)
+        )
         ended = self._usage is not None and self._status["status"] != "in_progress"
         about = self._reporting.of_response([self._usage]) if self._usage is not None and ended else {}
         shown = {"output": list(self._output), "usage": usage if ended else None}

@@ -125,7 +125,7 @@ def to_chat(body: ResponsesBody) -> tuple[ChatBody, Toolbox, Origin]:
         "chat_template_kwargs": {"drop_thinking": False} if reasoning.context == "all_turns" else None,
         "response_format": None if form is None else _format(form),
     }
-    same = ("model", "stream", "temperature", "top_p", "cache_salt", "return_cache_report")
+    same = ("model", "parallel_tool_calls", "stream", "temperature", "top_p", "cache_salt", "return_cache_report")
     fields |= {name: getattr(body, name) for name in same}
     with origin.in_errors():
         chat = parse_body(ChatBody, {name: value for name, value in fields.items() if value is not None})
@@ -257,4 +257,5 @@ def _tool_choice(choice: Any, toolbox: Toolbox) -> Any:
 def _format(form: TextFormat) -> dict[str, Any]:
     if form.type != "json_schema":
         return {"type": form.type}
-    return {"type": "json_schema", "json_schema": {"name": form.name or "output", "schema": form.schema_}}
+    holder = {"name": form.name or "output", "schema": form.schema_, "strict": form.strict}
+    return {"type": "json_schema", "json_schema": {k: v for k, v in holder.items() if v is not None}}

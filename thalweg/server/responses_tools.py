@@ -92,7 +92,8 @@ class Toolbox:
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tool[name] for name in ("description", "parameters") if tool.get(name) is not None}
+    given = {name: tool[name] for name in ("description", "parameters") if tool.get(name) is not None}
+    return {**given, "strict": True} if tool.get("strict") else given
 
 
 def _custom(tool: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _OPENAI = (
 )  # fmt: skip
 # Top-level fields of each public API that cannot change an answer here; accepted and without effect.
 WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
-    "chat": _OPENAI,
+    "chat": tuple(name for name in _OPENAI if name != "parallel_tool_calls"),
     "completions": _OPENAI,
     "messages": (
         "cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id",
@@ -33,6 +33,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
 MOST_LOGPROBS = 20
 MOST_CHOICES = 16
 MOST_STOPS = 16
+MOST_BIAS = 100
 # The range of temperature is OpenAI's and DeepSeek's.
 Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -63,6 +64,8 @@ _WORDS = {
 }
 _UNION_BRANCH = re.compile(r"(constrained-|nullable|function-)?(str|int|float|bool|list|dict|none)\b")
 
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
 Body = TypeVar("Body", bound="ApiBody")
 
 
@@ -75,11 +78,7 @@ class StreamOptions(BaseModel):
 class Thinking(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["enabled", "disabled"]
-
-
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
+    budget_tokens: _FromZero | None = None
 
 
 class ApiBody(BaseModel):
@@ -106,6 +105,7 @@ class SamplingBody(ApiBody):
     stop_token_ids: _Ids | None = None
     min_tokens: _FromZero | None = None
     ignore_eos: StrictBool | None = None
+    logit_bias: dict[str, Any] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -145,11 +145,22 @@ class SamplingBody(ApiBody):
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            logit_bias=tuple(_bias(token, bias) for token, bias in (self.logit_bias or {}).items()),
         )
 
 
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    """One entry of logit_bias. The engine checks the id against the vocabulary."""
+    path = f"logit_bias.{token:.40}"
+    if not _TOKEN_ID.fullmatch(token):
+        raise RequestError(f"{path} must be a token id in decimal digits", param=path)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+        raise RequestError(f"{path} must be a number from -{MOST_BIAS} to {MOST_BIAS}", param=path)
+    return int(token), float(bias)
+
+
 class ChatBody(SamplingBody):
-    """POST /v1/chat/completions. Messages and tools are checked by the chat encoder."""
+    """POST /v1/chat/completions. The chat encoder checks messages and tools, output_rules the choice and the format."""
 
     api: ClassVar[str] = "chat"
     messages: list[Any]
@@ -157,11 +168,22 @@ class ChatBody(SamplingBody):
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[Any] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: StrictBool | None = None
+    response_format: Any = None
     thinking: Thinking | None = None
+    thinking_budget: _FromZero | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def budget(self) -> int | None:
+        """How many tokens the thinking may have, in either spelling; None for as many as the answer."""
+        other = self.thinking.budget_tokens if self.thinking else None
+        if other is not None and self.thinking is not None and self.thinking.type == "disabled":
+            raise RequestError("thinking.budget_tokens needs thinking.type 'enabled'", param="thinking.budget_tokens")
+        if None not in (other, self.thinking_budget) and other != self.thinking_budget:
+            raise RequestError("thinking_budget and thinking.budget_tokens differ", param="thinking_budget")
+        return self.thinking_budget if other is None else other
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:

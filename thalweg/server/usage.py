@@ -5,25 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from thalweg.server.generation import Piece
-from thalweg.text.deltas import ReasoningText
 from thalweg.text.tokenizer import Tokenizer
 from thalweg.types import SampledToken, Usage
-
-
-class ReasoningCount:
-    """Counts the reasoning tokens of one answer: those up to the first content or call, where it began in thinking."""
-
-    def __init__(self, thinking: bool) -> None:
-        self.tokens = 0
-        self._in_reasoning = thinking
-
-    def count(self, piece: Piece) -> None:
-        """Take in the next piece."""
-        if not self._in_reasoning:
-            return
-        self.tokens += len(piece.tokens)
-        self._in_reasoning = all(isinstance(delta, ReasoningText) for delta in piece.deltas)
 
 
 def usage_fields(usages: Sequence[Usage], reasoning_tokens: int = 0) -> dict[str, Any]:
