@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from typing import Any
 
@@ -145,3 +146,23 @@ def test_a_session_of_thirty_turns_is_served_from_the_cache(claude: Anthropic) -
         result = {"type": "tool_result", "tool_use_id": f"t{turn}", "content": source[turn * 300 : turn * 300 + 300]}
         messages += [{"role": "assistant", "content": [*texts, call]}, {"role": "user", "content": [result]}]
     assert min(shares[3:]) > 0.9, shares
+
+
+def test_forced_tools_formats_and_budgets(claude: Anthropic) -> None:
+    for choice in ({"type": "any"}, {"type": "tool", "name": "read_file", "disable_parallel_tool_use": True}):
+        answer = ask(claude, tools=TOOLS, tool_choice=choice, max_tokens=200)
+        assert answer.stop_reason in ("tool_use", "max_tokens")
+        assert answer.content[-1].type == "tool_use" and answer.content[-1].name == "read_file"
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    answer = ask(claude, output_config={"format": {"type": "json_schema", "schema": schema}}, max_tokens=60)
+    assert json.loads(answer.content[-1].text)["a"] in ("x", "y")
+    thinking: Any = {"type": "enabled", "budget_tokens": 5}
+    assert ask(claude, thinking=thinking, max_tokens=40).usage.output_tokens_details.thinking_tokens <= 5
+    with pytest.raises(anthropic.BadRequestError, match=r"tools\[0\].input_schema.properties.a.type"):
+        wrong = {"type": "object", "properties": {"a": {"type": "strin"}}}
+        ask(claude, tools=[{"name": "f", "input_schema": wrong}], tool_choice={"type": "any"})

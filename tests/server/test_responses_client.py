@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -14,9 +15,9 @@ TOOLS: list[Any] = [
 ]
 
 
-def ask(client: OpenAI, text: Any = "hello", **fields: Any) -> Any:
+def ask(client: OpenAI, given: Any = "hello", **fields: Any) -> Any:
     return client.responses.create(
-        **{"model": MODEL, "input": text, "max_output_tokens": 12, "temperature": 0, **fields}
+        **{"model": MODEL, "input": given, "max_output_tokens": 12, "temperature": 0, **fields}
     )
 
 
@@ -74,3 +75,17 @@ def test_nothing_is_stored(client: OpenAI) -> None:
         ask(client, previous_response_id=answer.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(answer.id)
+
+
+def test_forced_tools_and_formats(client: OpenAI) -> None:
+    for choice in ("required", {"type": "function", "name": "f"}):
+        answer = ask(client, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, max_output_tokens=200)
+        assert [item.type for item in answer.output] == ["function_call"] and answer.output[0].name == "f"
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    text: Any = {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}}
+    assert json.loads(ask(client, text=text, max_output_tokens=60).output_text)["a"] in ("x", "y")
