@@ -69,6 +69,10 @@ class EngineError(ThalwegError):
     retryable = True
 
 
+class GrammarError(ThalwegError):
+    kind = "grammar_error"
+
+
 class ConfigError(ThalwegError):
     kind = "config_error"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,40 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # None: none; n: the chosen token and the n most likely ones
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedTokens:
+    """What the next token may be: the `forced` one, or any of the mask's but the banned ones.
+
+    `mask` has one bit per token id, the lowest bit of the first byte for id 0; None allows all. `may_end` says whether
+    an end-of-sequence token may come, whatever the mask has for it.
+    """
+
+    forced: int | None = None
+    banned: tuple[int, ...] = ()
+    mask: bytes | None = None
+    may_end: bool = True
+
+
+class OutputState(Protocol):
+    """How far one output is in its rules."""
+
+    def allowed(self, output: TokenArray) -> AllowedTokens | None:
+        """What may follow the output so far, int32 [output tokens], that of the last call and more; None for anything.
+        Raises GrammarError."""
+        ...
+
+    def ends_with(self, token: int) -> bool:
+        """Whether this token, chosen next, ends the output whatever the sampling says."""
+        ...
+
+
+class OutputRules(Protocol):
+    """What outputs must keep to. Never changes; every output has a state of its own."""
+
+    def start(self) -> OutputState: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +98,7 @@ class GenerateRequest:
 
     `tenant` and `cache_salt` separate prefix caches: prompts that differ in either never share. The tenant is the
     server's own word, made of the caller's API key; the salt is the client's, and can only divide a tenant further.
-    `cache_hints` are prompt positions at which later prompts are likely to diverge.
+    `cache_hints` are prompt positions at which later prompts are likely to diverge. `rules` hold for the output.
     """
 
     request_id: str
@@ -72,6 +107,7 @@ class GenerateRequest:
     tenant: str = ""
     cache_salt: str = ""
     cache_hints: tuple[int, ...] = ()
+    rules: OutputRules | None = None
 
 
 @dataclass(frozen=True, slots=True)

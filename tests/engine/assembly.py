@@ -26,6 +26,7 @@ from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
 from thalweg.engine.shadow import Shadow
 from thalweg.engine.tiering import Tiering
+from thalweg.errors import GrammarError
 from thalweg.kernels.registry import select_kernels
 from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import CachePlan, plan_cache
@@ -94,7 +95,9 @@ class RecordingSampler(Sampler):
         super().__init__((EOS,))
         self.rows: dict[str, dict[int, torch.Tensor]] = {}
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken]:
+    def sample(
+        self, logits: torch.Tensor, sequences: list[Sequence], seeds: list[int]
+    ) -> list[SampledToken | GrammarError]:
         for row, sequence in zip(logits, sequences, strict=True):
             self.rows.setdefault(sequence.request_id, {})[len(sequence)] = row.clone()
         return super().sample(logits, sequences, seeds)
@@ -156,9 +159,9 @@ class Outcome:
 
 def submit(engine: Engine, name: str, prompt: SequenceOf[int], **sampling: Any) -> Outcome:
     outcome = Outcome()
-    salt = sampling.pop("cache_salt", "")
+    salt, rules = sampling.pop("cache_salt", ""), sampling.pop("rules", None)
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling})
-    engine.submit(GenerateRequest(name, np.array(prompt, np.int32), params, cache_salt=salt), outcome)
+    engine.submit(GenerateRequest(name, np.array(prompt, np.int32), params, cache_salt=salt, rules=rules), outcome)
     return outcome
 
 

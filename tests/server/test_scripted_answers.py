@@ -62,23 +62,28 @@ def runtime() -> Runtime:
     return build_runtime(load_options({"kv_cache_memory": "64MiB"}, environment={}))
 
 
-def ask(runtime: Runtime, text: str, fail_after: int | None = None, **fields: Any) -> tuple[dict, list[dict]]:
-    """The whole answer, and the chunks of the same answer streamed."""
+def exchange(runtime: Runtime, text: str, path: str, body: dict[str, Any], fail_after: int | None = None) -> list[Any]:
+    """The responses to a body, whole and streamed, of a server whose model says `text`."""
 
     async def run() -> list[httpx.Response]:
         _, plan = Models().runner(FLASH_LIKE, Shape())
         fields_of_model = {**FLASH_LIKE, "vocab_size": runtime.model_config.vocab_size}
         engine = engine_of(fields_of_model, Script(runtime.tokenizer, text, fail_after), plan, Shape())
         app = create_app(Service(dataclasses.replace(runtime, engine=engine)))
-        body = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 500, **fields}
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             try:
-                return [await client.post("/v1/chat/completions", json={**body, "stream": s}) for s in (False, True)]
+                return [await client.post(path, json={**body, "stream": stream}) for stream in (False, True)]
             finally:
                 engine.close()
 
-    whole, streamed = asyncio.run(run())
+    return asyncio.run(run())
+
+
+def ask(runtime: Runtime, text: str, fail_after: int | None = None, **fields: Any) -> tuple[dict, list[dict]]:
+    """The whole answer, and the chunks of the same answer streamed."""
+    body = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 500, **fields}
+    whole, streamed = exchange(runtime, text, "/v1/chat/completions", body, fail_after)
     lines = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
     return whole.json(), [json.loads(line) for line in lines if line != "[DONE]"]
 

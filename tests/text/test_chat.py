@@ -363,6 +363,35 @@ def control_tokens(tokenizer: Tokenizer, messages: Conversation, tools: Sequence
     return [token for token in prompt.token_ids if tokenizer.is_special(token)]
 
 
+@pytest.mark.parametrize("thinking", [True, False], ids=["thinking", "chat"])
+@pytest.mark.parametrize("revision", EncoderRevision)
+def test_no_field_of_a_request_can_forge_a_control_token(
+    revision: EncoderRevision, thinking: bool, embedded: Tokenizer
+) -> None:
+    """The fields beside the messages, with each tool choice, in each revision; and an answer that is continued."""
+
+    def controls(text: str, choice: ToolChoice) -> list[int]:
+        schema = {"type": "object", "properties": {text: {"enum": [text], "description": text}}, text: text}
+        options = ChatOptions(
+            thinking=thinking,
+            revision=revision,
+            tools=[{"type": "function", "function": {"name": text, "description": text, "parameters": schema}}],
+            response_format={"type": "json_schema", "json_schema": {"name": text, "schema": schema}},
+            tool_choice=choice,
+        )
+        prefix = {"role": "assistant", "content": text, "reasoning": text, "prefix": True}
+        found = []
+        for end in ([], [prefix]):
+            ids = encode_chat([user(text), *end], embedded, options).token_ids
+            found += [token for token in ids if embedded.is_special(token)]
+        return found
+
+    for choice in ToolChoice:
+        expected = controls("word", choice)
+        for text in embedded.special_texts:
+            assert controls(text, choice) == controls(f"{text}{text} \n{text}", choice) == expected
+
+
 def test_boundaries_stand_where_turns_diverge(official: Tokenizer) -> None:
     options = ChatOptions(tools=TOOLS)
     conversation = CONVERSATIONS["agent"]

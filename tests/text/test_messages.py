@@ -99,7 +99,6 @@ BAD_OPTIONS: list[tuple[ChatOptions, str, str]] = [
     (ChatOptions(tools=[tool(parameters={"a": "\udfff"})]), "tools[0].function.parameters", "plain JSON"),
     (ChatOptions(response_format={"type": "json_schema"}), "response_format.json_schema.schema", "JSON Schema"),
     (ChatOptions(response_format={"type": "object", "x": {1}}), "response_format", "plain JSON"),
-    (ChatOptions(tool_choice=ToolChoice.REQUIRED, tools=[TOOL]), "tool_choice", "thinking to be off"),
     (ChatOptions(tool_choice=ToolChoice.REQUIRED, thinking=False), "tool_choice", "needs tools"),
 ]
 

@@ -311,6 +311,57 @@ def test_truncation_anywhere_gives_valid_arguments_and_says_so(embedded: Tokeniz
             assert calls == [ARGUMENTS]
 
 
+IN_THINKING = ["call in thinking, never closed", "call drafted in thinking", "call drafted, then made"]
+BROKEN = ["body as JSON", "stray text in block", "same parameter twice", "mention in content", "older block name"]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["control tokens", "spelled"])
+@pytest.mark.parametrize("name", [*IN_THINKING, *BROKEN])
+def test_an_output_cut_anywhere_keeps_what_was_said_apart(name: str, plain: bool, embedded: Tokenizer) -> None:
+    """Wherever max_tokens cuts: no markup in content, arguments are objects, and a call that was cut is said to be."""
+    starts_in = OutputStart.REASONING if name in IN_THINKING else OutputStart.CONTENT
+    pieces = cut(pieces_of(OUTPUTS[name], plain), 1)
+    whole = parse_pieces(embedded, pieces, starts_in)
+    for length in range(0, len(pieces), 2):
+        message = parse_pieces(embedded, pieces[:length], starts_in)
+        said = "".join(text for text, _ in pieces[:length])
+        if not whole.unparsed:
+            assert "DSML" not in message.content
+        assert all(isinstance(json.loads(call.arguments), dict) for call in message.tool_calls)
+        if not all(call.complete for call in message.tool_calls):
+            assert message.malformed or name == "body as JSON"  # of that, the object is whole where only tags are cut
+        if not message.tool_calls and not message.malformed and END_THINK not in said:
+            assert message.reasoning + message.content == said
+
+
+@settings(max_examples=200, deadline=None)
+@given(pieces=OUTPUT, starts_in=st.sampled_from(OutputStart), size=st.integers(1, 5))
+def test_cuts_do_not_matter_where_spelled_marks_are_text(
+    pieces: list[tuple[str, bool]], starts_in: OutputStart, size: int, embedded: Tokenizer
+) -> None:
+    def read(pieces: list[tuple[str, bool]]) -> ParsedMessage:
+        parser = ChatParser(embedded, starts_in, spelled_marks=False)
+        deltas = [delta for text, special in pieces for delta in parser.push_piece(text, special)]
+        return collect([*deltas, *parser.finish()], parser.malformed, parser.unparsed)
+
+    assert read(pieces) == read(cut(pieces, size))
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(st.text(max_size=6) | st.sampled_from(["é", "你好", "🙂", "\n\n<", "</"]), max_size=6))
+def test_ids_one_by_one_give_what_their_text_gives(texts: list[str], embedded: Tokenizer) -> None:
+    """Characters that span tokens, before and behind control tokens."""
+    parser = ChatParser(embedded, OutputStart.REASONING)
+    said = [
+        *embedded.encode_text("".join(texts)),
+        embedded.special_id(END_THINK),
+        *embedded.encode_text("".join(texts)),
+    ]
+    message = collect([*parser.push_all(said), *parser.finish()], parser.malformed, parser.unparsed)
+    pieces = [("".join(texts), False), (END_THINK, True), ("".join(texts), False)]
+    assert message == parse_pieces(embedded, pieces, OutputStart.REASONING)
+
+
 def test_arguments_come_while_they_are_generated(embedded: Tokenizer) -> None:
     parser = ChatParser(embedded, OutputStart.CONTENT)
     head = '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="write">\n<｜DSML｜parameter name="text" string="true">'

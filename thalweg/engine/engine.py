@@ -107,6 +107,7 @@ class Engine:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """Queue a request. Raises RequestError, ContextLengthError, OverloadedError or UnavailableError at once."""
+        self._check_ids(request)
         own = request.sampling.seed
         seed = secrets.randbits(64) if own is None else own % 2**64
         sequence = Sequence(request, listener, self._output_limit(request), self._clock(), seed=seed)
@@ -160,6 +161,17 @@ class Engine:
 
     def status(self) -> EngineStatus:
         return self._status
+
+    def _check_ids(self, request: GenerateRequest) -> None:
+        """Raises RequestError for token ids that this model does not have."""
+        last, sampling = self.limits.vocab_size - 1, request.sampling
+        for name, ids in (
+            ("stop_token_ids", sampling.stop_token_ids),
+            ("logit_bias", [i for i, _ in sampling.logit_bias]),
+        ):
+            wrong = next((token for token in ids if not 0 <= token <= last), None)
+            if wrong is not None:
+                raise RequestError(f"{name} has the token id {wrong}; ids go from 0 to {last}", param=name)
 
     def _output_limit(self, request: GenerateRequest) -> int:
         """How many tokens the request may produce; raises if prompt and output cannot fit."""
@@ -282,6 +294,9 @@ class Engine:
             sequence = item.running.sequence
             if not item.samples:
                 self._send(sequence, PrefillProgress(item.request_id, item.end, len(sequence)))
+                continue
+            if item.request_id in result.failed:
+                self._end(item.running, FinishReason.ERROR, (), result.failed[item.request_id])
                 continue
             sampled = result.sampled[item.request_id]
             sequence.append(sampled.token)

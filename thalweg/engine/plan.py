@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from thalweg.engine.request import Running
+from thalweg.errors import ThalwegError
 from thalweg.types import SampledToken
 
 
@@ -44,6 +45,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The sampled token of every sequence that samples, by request id."""
+    """Of every sequence that samples, by request id: its token, or why there can be none."""
 
     sampled: Mapping[str, SampledToken]
+    failed: Mapping[str, ThalwegError] = field(default_factory=dict)

@@ -58,6 +58,7 @@ class Sequence:
         self.cache_report = CacheReport(reason=MissReason.COLD)
         self.load: LoadOutcome | None = None  # once the lower tiers were asked
         self.swapped: Swapped | None = None
+        self.rules = None if request.rules is None else request.rules.start()
         self._tokens = np.array(request.prompt, np.int32)
         self._count = len(request.prompt)
 
@@ -78,6 +79,11 @@ class Sequence:
         """Prompt and output so far, int32, without a copy."""
         return self._tokens[: self._count]
 
+    @property
+    def output(self) -> TokenArray:
+        """Output so far, int32, without a copy."""
+        return self._tokens[self.prompt_tokens : self._count]
+
     def __len__(self) -> int:
         return self._count
 
@@ -90,6 +96,8 @@ class Sequence:
     def finish_after(self, sampled: SampledToken, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
         """Whether the token just appended ends the request."""
         params = self.request.sampling
+        if self.rules is not None and self.rules.ends_with(sampled.token):
+            return FinishReason.STOP
         if self.output_tokens >= params.min_tokens:
             stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
             if sampled.token in stops:

@@ -9,8 +9,10 @@ import torch
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.sampler import Sampler
+from thalweg.errors import GrammarError
 from thalweg.memory.arena import CacheArena
 from thalweg.model.transformer import Model
+from thalweg.types import SampledToken
 
 
 class Runner(Protocol):
@@ -33,4 +35,8 @@ class ModelRunner:
             logits = self._model.forward(self._builder.build(plan), self.arena)
             sequences = [item.running.sequence for item in plan.sequences if item.samples]
             sampled = self._sampler.sample(logits, sequences, [s.seed for s in sequences])
-        return StepResult({s.request_id: t for s, t in zip(sequences, sampled, strict=True)})
+        outcomes = list(zip(sequences, sampled, strict=True))
+        return StepResult(
+            {s.request_id: t for s, t in outcomes if isinstance(t, SampledToken)},
+            {s.request_id: t for s, t in outcomes if isinstance(t, GrammarError)},
+        )

@@ -1,5 +1,8 @@
 """From logits to tokens, one row at a time, so that a request's choice never depends on its neighbours.
 
+Penalties and biases change logits, then the rules of the request's output mask them, then the truncations draw.
+Log-probabilities are those of the raw logits.
+
 Randomness is a counter-based generator keyed by the request's seed and the output position: a request that was
 preempted, moved or batched differently draws the same numbers.
 """
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor
 
 from thalweg.engine.request import Sequence
-from thalweg.types import SampledToken, SamplingParams, TokenLogprob
+from thalweg.errors import GrammarError
+from thalweg.types import AllowedTokens, SampledToken, SamplingParams, TokenLogprob
 
 
 class Sampler:
@@ -20,32 +24,76 @@ class Sampler:
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self._eos = eos_token_ids
 
-    def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken]:
-        """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence."""
+    def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | GrammarError]:
+        """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence. The error of a sequence
+        whose rules leave no token."""
         return [self._one(row, s, seed) for row, s, seed in zip(logits, sequences, seeds, strict=True)]
 
-    def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken:
+    def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken | GrammarError:
         params = sequence.request.sampling
-        logits = self._adjusted(raw, sequence, params)
+        try:
+            allowed = None if sequence.rules is None else sequence.rules.allowed(sequence.output)
+            if allowed is not None and allowed.forced is not None:
+                return _with_logprobs(raw, allowed.forced, params.logprobs)
+            logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
+        except GrammarError as error:
+            return error
         if params.temperature == 0:
             token = int(logits.argmax())
         else:
             token = _draw(logits, params, _uniform(seed, sequence.output_tokens))
         return _with_logprobs(raw, token, params.logprobs)
 
-    def _adjusted(self, raw: Tensor, sequence: Sequence, params: SamplingParams) -> Tensor:
-        """Penalties and the min_tokens mask, on a copy if anything changes."""
-        logits = raw
-        if params.repetition_penalty != 1.0:
-            logits = _repetition(logits.clone(), sequence, params.repetition_penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            output = torch.from_numpy(sequence.tokens[sequence.prompt_tokens :].astype(np.int64)).to(raw.device)
-            counts = torch.bincount(output, minlength=raw.shape[-1]).to(raw.dtype)
-            logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    def _masked(self, logits: Tensor, sequence: Sequence, allowed: AllowedTokens | None) -> Tensor:
+        """The rules' mask, then what min_tokens and ignore_eos hold back, unless nothing else would be left."""
+        params = sequence.request.sampling
+        held: set[int] = set()
         if sequence.output_tokens < params.min_tokens:
+            held = {*self._eos, *params.stop_token_ids}
+        if allowed is not None:
+            logits = self._within(logits, allowed)
+            if params.ignore_eos and allowed.mask is not None:
+                held |= set(self._eos)
+        if not held:
+            return logits
+        without = logits.clone()
+        without[list(held)] = float("-inf")
+        return without if allowed is None or bool(without.max() > float("-inf")) else logits
+
+    def _within(self, logits: Tensor, allowed: AllowedTokens) -> Tensor:
+        """A copy in which what is not allowed is minus infinity."""
+        if allowed.mask is not None:
+            logits = torch.where(self._allowed_ids(allowed, logits), logits, float("-inf"))
+            if not bool(logits.max() > float("-inf")):
+                raise GrammarError("the grammar of this output leaves no token that could come next")
+        elif allowed.banned:
             logits = logits.clone()
-            logits[list({*self._eos, *params.stop_token_ids})] = float("-inf")
+        if allowed.banned:
+            logits[list(allowed.banned)] = float("-inf")
         return logits
+
+    def _allowed_ids(self, allowed: AllowedTokens, logits: Tensor) -> Tensor:
+        """bool [vocab]. Ids past the tokenizer's are never allowed."""
+        assert allowed.mask is not None
+        ids = np.unpackbits(np.frombuffer(allowed.mask, np.uint8), count=logits.shape[-1], bitorder="little")
+        ids[list(self._eos)] = allowed.may_end
+        return torch.from_numpy(ids.view(np.bool_)).to(logits.device)
+
+
+def _adjusted(raw: Tensor, sequence: Sequence, params: SamplingParams) -> Tensor:
+    """Penalties and biases, on a copy if anything changes."""
+    logits = raw
+    if params.repetition_penalty != 1.0:
+        logits = _repetition(logits.clone(), sequence, params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        output = torch.from_numpy(sequence.output.astype(np.int64)).to(raw.device)
+        counts = torch.bincount(output, minlength=raw.shape[-1]).to(raw.dtype)
+        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        ids = torch.tensor(tokens, device=raw.device)
+        logits = logits.index_add(-1, ids, torch.tensor(biases, dtype=raw.dtype, device=raw.device))
+    return logits
 
 
 def _repetition(logits: Tensor, sequence: Sequence, penalty: float) -> Tensor:

@@ -92,7 +92,7 @@ class KeyCheck:
         caller = self._keys.caller(key) if key is not None else None
         if caller is None:
             wrong = "no API key: send Authorization: Bearer KEY" if key is None else "the API key is not known here"
-            response = error_response(InvalidKeyError(wrong))
+            response = error_response(InvalidKeyError(wrong), scope["path"])
             response.headers["WWW-Authenticate"] = "Bearer"
             await response(scope, receive, send)
             return

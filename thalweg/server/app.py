@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,10 @@ from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableE
 from thalweg.server.access import ApiKeys, KeyCheck
 from thalweg.server.chat import chat_completions, encode_conversation
 from thalweg.server.completions import completions
+from thalweg.server.messages import count_tokens, messages
+from thalweg.server.messages_input import CountBody, MessagesBody
+from thalweg.server.responses import responses
+from thalweg.server.responses_input import ResponsesBody
 from thalweg.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 from thalweg.server.service import MAX_BODY_BYTES, Service
 from thalweg.server.wire import error_response
@@ -102,30 +107,31 @@ def _tiers_of(request: Request) -> frozenset[str]:
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ThalwegError)
-    async def own(_: Request, error: ThalwegError) -> Response:
-        return error_response(error)
+    async def own(request: Request, error: ThalwegError) -> Response:
+        return error_response(error, request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         wrapped = RequestError(f"{request.method} {request.url.path}: {error.detail}")
-        response = error_response(wrapped)
-        response.status_code = error.status_code
+        response = error_response(wrapped, request.url.path, error.status_code)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(RequestValidationError)
-    async def validation(_: Request, error: RequestValidationError) -> Response:
-        return error_response(RequestError(str(error.errors()[0]["msg"])))
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        return error_response(RequestError(str(error.errors()[0]["msg"])), request.url.path)
 
     @app.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> Response:
-        return error_response(EngineError(f"internal error: {type(error).__name__}"))
+    async def bug(request: Request, error: Exception) -> Response:
+        return error_response(EngineError(f"internal error: {type(error).__name__}"), request.url.path)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
     runtime = service.runtime
 
     def card() -> dict[str, Any]:
+        """Fields of OpenAI's form and of Anthropic's: their clients read the same list."""
+        created = datetime.fromtimestamp(service.created, UTC)
         return {
             "id": runtime.model_name,
             "object": "model",
@@ -133,37 +139,52 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "owned_by": "thalweg",
             "root": runtime.model_name,
             "max_model_len": runtime.max_model_len,
+            "type": "model",
+            "display_name": runtime.model_name,
+            "created_at": created.isoformat().replace("+00:00", "Z"),
         }
 
-    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+        name = runtime.model_name
+        return {"object": "list", "data": [card()], "has_more": False, "first_id": name, "last_id": name}
 
-    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return card()
 
+    for start in ("/v1", "", "/anthropic/v1"):
+        app.add_api_route(f"{start}/models", models, methods=["GET"])
+        app.add_api_route(f"{start}/models/{{name:path}}", model, methods=["GET"])
+
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    """Both spellings: DeepSeek's own API has no /v1."""
+    """Every spelling that clients use: DeepSeek's own API has no /v1, and /beta and /anthropic for some forms."""
 
     async def chat(request: Request) -> Response:
-        body = await read_body(service, request, ChatBody)
-        return await chat_completions(service, body, request)
+        return await chat_completions(service, await read_body(service, request, ChatBody), request)
 
     async def complete(request: Request) -> Response:
-        body = await read_body(service, request, CompletionBody)
-        return await completions(service, body, request)
+        return await completions(service, await read_body(service, request, CompletionBody), request)
 
-    routes: tuple[tuple[str, Callable[[Request], Awaitable[Response]]], ...] = (
-        ("/v1/chat/completions", chat),
-        ("/chat/completions", chat),
-        ("/v1/completions", complete),
-        ("/completions", complete),
+    async def message(request: Request) -> Response:
+        return await messages(service, await read_body(service, request, MessagesBody), request)
+
+    async def count(request: Request) -> Response:
+        return await count_tokens(service, await read_body(service, request, CountBody), request)
+
+    async def respond(request: Request) -> Response:
+        return await responses(service, await read_body(service, request, ResponsesBody), request)
+
+    routes: tuple[tuple[str, tuple[str, ...], Callable[[Request], Awaitable[Response]]], ...] = (
+        ("/chat/completions", ("/v1", "", "/beta", "/beta/v1"), chat),
+        ("/completions", ("/v1", "", "/beta", "/beta/v1"), complete),
+        ("/v1/messages", ("", "/anthropic"), message),
+        ("/v1/messages/count_tokens", ("", "/anthropic"), count),
+        ("/responses", ("/v1", ""), respond),
     )
-    for path, endpoint in routes:
-        app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+    for path, starts, endpoint in routes:
+        for start in starts:
+            app.add_api_route(start + path, endpoint, methods=["POST"], response_model=None)
 
 
 def _add_operations(app: FastAPI, service: Service) -> None:
@@ -176,6 +197,14 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             raise UnavailableError(status.failure or "the engine is stopping")
         return JSONResponse({"status": "ok", "running": status.running, "waiting": status.waiting})
 
+    @app.get("/health/ready")
+    async def ready() -> dict[str, str]:
+        """Whether requests would be served now: 503 before the engine runs and once it stops."""
+        status = runtime.engine.status()
+        if not status.healthy:
+            raise UnavailableError(status.failure or "the engine is not running")
+        return {"status": "ready"}
+
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": thalweg.__version__}
@@ -184,6 +213,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.post("/flush_cache")
     @app.post("/reset_prefix_cache")
     async def reset(request: Request) -> dict[str, int]:
         tiers = _tiers_of(request)

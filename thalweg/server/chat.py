@@ -1,11 +1,15 @@
-"""POST /v1/chat/completions: messages in; reasoning, content and tool calls out."""
+"""POST /v1/chat/completions: messages in; reasoning, content and tool calls out.
+
+`start_conversation` is the way in for the other forms of a conversation too (Messages, Responses): they turn their
+bodies into a ChatBody.
+"""
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,11 @@ from thalweg.errors import RequestError, nearest
 from thalweg.server.access import caller_of
 from thalweg.server.cache_report import CacheReporting
 from thalweg.server.choices import close_all, collected, final_usages, merged
+from thalweg.server.ending import Ending, ending_of, reader_of
 from thalweg.server.generation import Generation, Piece
+from thalweg.server.output_rules import OutputWishes, offered_tools, read_output_format, read_tool_choice
 from thalweg.server.schemas import ChatBody
-from thalweg.server.service import LONG_TEXT, CacheSpace, Prompt, Service, new_id
+from thalweg.server.service import LONG_TEXT, CacheSpace, Prompt, Service, new_call_id, new_id
 from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import chat_logprobs, usage_fields
 from thalweg.text.chat import (
@@ -26,7 +32,6 @@ from thalweg.text.chat import (
     ChatPrompt,
     EncoderRevision,
     ReasoningEffort,
-    ToolChoice,
     encode_chat,
     read_effort,
 )
@@ -35,35 +40,71 @@ from thalweg.text.parse import ChatParser
 from thalweg.types import FinishReason, Usage
 
 _THINKING_NAMES = ("thinking", "enable_thinking")
+_TEMPLATE_NAMES = (*_THINKING_NAMES, "drop_thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """An encoded conversation and the answers to it that the engine works on."""
+
+    prompt: ChatPrompt
+    generations: list[Generation]
+    reporting: CacheReporting
 
 
 async def chat_completions(service: Service, body: ChatBody, request: Request) -> Response:
     """Answer one conversation with `n` choices."""
+    response_id = new_id("chatcmpl")
+    conversation = await start_conversation(service, body, request, response_id)
+    answer = _Answer(service, body, response_id, conversation)
+    generations = conversation.generations
+    if body.stream:
+        return EventStream(answer.stream(), lambda: close_all(generations))
+    pieces = await collected(request, generations)
+    return JSONResponse(answer.whole(pieces), headers=conversation.reporting.headers(final_usages(pieces)))
+
+
+async def start_conversation(service: Service, body: ChatBody, request: Request, response_id: str) -> Conversation:
+    """Encode a conversation and submit its `n` choices. Raises RequestError, and what `Engine.submit` raises."""
     service.check_model(body.model)
     logprobs, stops = body.wanted_logprobs(), body.stops()
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
     reporting = CacheReporting.of(request, body.return_cache_report)
     cache = CacheSpace(caller_of(request), body.salt())
+    wishes = output_wishes(body)
     encoded = await encode_conversation(service, body)
+    rules = await service.output_rules.make(wishes, encoded.starts_in)
+    tokenizer = service.runtime.tokenizer
     prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries)
-    response_id = new_id("chatcmpl")
     generations: list[Generation] = []
     try:
         for choice in range(body.n or 1):
             max_tokens = body.max_completion_tokens or body.max_tokens
             sampling = body.sampling(max_tokens=max_tokens, logprobs=logprobs, choice=choice)
-            parser = ChatParser(service.runtime.tokenizer, encoded.starts_in)
+            parser = ChatParser(tokenizer, encoded.starts_in, spelled_marks=rules is None or rules.grammar is None)
             name = f"{response_id}-{choice}"
-            generations.append(service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache))
+            generations.append(
+                service.start(prompt, sampling, parser, request_id=name, stops=stops, cache=cache, rules=rules)
+            )
     except BaseException:
         close_all(generations)
         raise
-    answer = _Answer(service, body, response_id, generations, encoded, reporting)
-    if body.stream:
-        return EventStream(answer.stream(), lambda: close_all(generations))
-    pieces = await collected(request, generations)
-    return JSONResponse(answer.whole(pieces), headers=reporting.headers(final_usages(pieces)))
+    return Conversation(encoded, generations, reporting)
+
+
+def output_wishes(body: ChatBody) -> OutputWishes:
+    """What the body says of the output. Raises RequestError naming the field."""
+    last = body.messages[-1] if body.messages else None
+    continues = isinstance(last, dict) and bool(last.get("prefix") or last.get("wo_eos")) and bool(last.get("content"))
+    return OutputWishes(
+        tools=offered_tools(body.tools, body.messages),
+        tool_choice=body.tool_choice,
+        several_calls=body.parallel_tool_calls is not False,
+        response_format=read_output_format(body.response_format),
+        thinking_budget=body.budget(),
+        continues_content=continues,
+    )
 
 
 async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
@@ -72,12 +113,12 @@ async def encode_conversation(service: Service, body: ChatBody) -> ChatPrompt:
     tokenizer = service.runtime.tokenizer
 
     def encode() -> ChatPrompt:
-        return encode_chat([_as_system(message) for message in body.messages], tokenizer, options)
+        return encode_chat([as_system(message) for message in body.messages], tokenizer, options)
 
     return await service.off_loop(_size([body.messages, body.tools]), encode)
 
 
-def _as_system(message: Any) -> Any:
+def as_system(message: Any) -> Any:
     """OpenAI's `developer` role is its new word for system; V4's own developer turns come with tools of their own."""
     if isinstance(message, dict) and message.get("role") == "developer" and not message.get("tools"):
         return {**message, "role": "system"}
@@ -100,12 +141,15 @@ def _size(value: Any) -> int:
 def _options(service: Service, body: ChatBody) -> ChatOptions:
     effort = body.reasoning_effort
     thinking = _thinking(service, body)
+    drops = (body.chat_template_kwargs or {}).get("drop_thinking", True)
     return ChatOptions(
         thinking=thinking,
         reasoning_effort=ReasoningEffort.LOW if effort == "none" else read_effort(effort),
         revision=EncoderRevision(service.runtime.chat_encoding),
+        drop_thinking=drops,
         tools=body.tools or None,
-        tool_choice=ToolChoice(body.tool_choice or "auto"),
+        response_format=body.response_format,
+        tool_choice=read_tool_choice(body.tool_choice, offered_tools(body.tools, body.messages))[0],
     )
 
 
@@ -114,11 +158,12 @@ def _thinking(service: Service, body: ChatBody) -> bool:
     wishes = set()
     for name, value in (body.chat_template_kwargs or {}).items():
         path = f"chat_template_kwargs.{name}"
-        if name not in _THINKING_NAMES:
-            raise RequestError(f"{path} is not supported.{nearest(name, _THINKING_NAMES)}", param=path)
+        if name not in _TEMPLATE_NAMES:
+            raise RequestError(f"{path} is not supported.{nearest(name, _TEMPLATE_NAMES)}", param=path)
         if not isinstance(value, bool):
             raise RequestError(f"{path} must be true or false", param=path)
-        wishes.add(value)
+        if name in _THINKING_NAMES:
+            wishes.add(value)
     if body.thinking is not None:
         wishes.add(body.thinking.type == "enabled")
     if body.reasoning_effort == "none":
@@ -136,24 +181,20 @@ class _Answer:
         service: Service,
         body: ChatBody,
         response_id: str,
-        generations: list[Generation],
-        prompt: ChatPrompt,
-        reporting: CacheReporting,
+        conversation: Conversation,
     ) -> None:
         self._service = service
         self._body = body
-        self._generations = generations
-        self._choices = [_Choice(prompt.thinking) for _ in generations]
+        self._generations = conversation.generations
+        self._choices = [_Choice(conversation.prompt.thinking) for _ in conversation.generations]
         self._options = body.stream_options
-        self._reporting = reporting
+        self._reporting = conversation.reporting
         self._common = {"id": response_id, "created": int(time.time()), "model": service.runtime.model_name}
 
     def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
         choices, usages = [], final_usages(pieces)
         for index, own in enumerate(pieces):
             choice = self._choices[index]
-            for piece in own:
-                choice.count(piece)
             parsed = collect([delta for piece in own for delta in piece.deltas])
             message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
             if parsed.reasoning or choice.thinking:
@@ -185,7 +226,6 @@ class _Answer:
         if piece.progress is not None:
             return []
         choice = self._choices[index]
-        choice.count(piece)
         shown = [choice.delta(delta) for delta in piece.deltas]
         deltas = [fields for fields in shown if fields] or [{}]
         logprobs = self._logprobs(list(piece.tokens))
@@ -213,19 +253,16 @@ class _Answer:
 
     def _finish(self, index: int, finish: FinishReason | None) -> str | None:
         """`tool_calls` where the answer ends with complete calls; `malformed_tool_call` where markup was no call."""
-        if finish is not FinishReason.STOP:
-            return None if finish is None else finish.value
-        parser = self._generations[index].reader
-        assert isinstance(parser, ChatParser), "a chat answer was read by something else"
-        if parser.malformed:
-            return "malformed_tool_call"
-        return "tool_calls" if parser.tool_calls else "stop"
+        if finish is None:
+            return None
+        ending = ending_of(self._generations[index], finish)
+        return "stop" if ending is Ending.STOP_STRING else ending.value
 
     def _logprobs(self, tokens: list[Any]) -> dict[str, Any] | None:
         return chat_logprobs(self._service.runtime.tokenizer, tokens) if self._body.logprobs else None
 
     def _usage(self, usages: list[Usage]) -> dict[str, Any]:
-        return usage_fields(usages, sum(choice.reasoning_tokens for choice in self._choices))
+        return usage_fields(usages, sum(reader_of(own).reasoning_tokens for own in self._generations))
 
 
 class _Choice:
@@ -234,15 +271,6 @@ class _Choice:
     def __init__(self, thinking: bool) -> None:
         self.thinking = thinking
         self.role_sent = False
-        self.reasoning_tokens = 0
-        self._in_reasoning = thinking
-
-    def count(self, piece: Piece) -> None:
-        """Tokens up to the first content or call are reasoning, where the answer began inside thinking."""
-        if not self._in_reasoning:
-            return
-        self.reasoning_tokens += len(piece.tokens)
-        self._in_reasoning = all(isinstance(delta, ReasoningText) for delta in piece.deltas)
 
     def delta(self, delta: Delta) -> dict[str, Any]:
         """A streamed delta in OpenAI's form, with DeepSeek's reasoning_content."""
@@ -259,4 +287,4 @@ class _Choice:
 
 def _call(index: int, name: str, arguments: str) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
-    return {"id": f"call_{index}_{secrets.token_hex(8)}", "type": "function", "function": function}
+    return {"id": new_call_id(index), "type": "function", "function": function}

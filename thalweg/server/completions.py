@@ -19,6 +19,7 @@ from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import CacheSpace, Prompt, Service, new_id
 from thalweg.server.sse import EventStream, Message
 from thalweg.server.usage import completion_logprobs, usage_fields
+from thalweg.text import markers
 from thalweg.types import Usage
 
 _MOST_PROMPTS = 64
@@ -27,6 +28,10 @@ _MOST_PROMPTS = 64
 async def completions(service: Service, body: CompletionBody, request: Request) -> Response:
     """Answer one request; several prompts and `n` give several choices, prompt by prompt."""
     service.check_model(body.model)
+    if body.echo and body.logprobs is not None:
+        raise RequestError("echo with logprobs is not supported: prompts have no log-probabilities here", param="echo")
+    if body.best_of not in (None, body.n or 1):
+        raise RequestError(f"best_of must be n ({body.n or 1}): choices are not ranked here", param="best_of")
     reporting = CacheReporting.of(request, body.return_cache_report)
     cache = CacheSpace(caller_of(request), body.salt())
     prompts = await _prompts(service, body)
@@ -50,20 +55,42 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
     return JSONResponse(answer.whole(pieces), headers=reporting.headers(final_usages(pieces)))
 
 
-async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
-    """One prompt or a list of them, as text or as token ids."""
+def _given(body: CompletionBody) -> list[str | list[int]]:
+    """The prompts, one or a list of them, as text or as token ids."""
     given: Any = body.prompt
     if isinstance(given, list) and not given:
         raise RequestError("prompt is empty", param="prompt")
     many = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     if len(many) > _MOST_PROMPTS:
         raise RequestError(f"prompt lists {len(many)} prompts; at most {_MOST_PROMPTS} are allowed", param="prompt")
+    return many
+
+
+async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
+    """The prompts as tokens; long ones are encoded off the event loop."""
     prompts = []
-    for one in many:
-        if isinstance(one, str):
+    for one in _given(body):
+        if body.suffix is not None:
+            one = await _around_hole(service, one, body.suffix)
+        elif isinstance(one, str):
             one = await service.off_loop(len(one), lambda text=one: service.encode_plain(text))  # type: ignore[misc]
         prompts.append(await service.off_loop(len(one), lambda ids=one: service.prompt_of_ids(ids)))  # type: ignore[misc]
     return prompts
+
+
+async def _around_hole(service: Service, prompt: str | list[int], suffix: str) -> list[int]:
+    """Ids of what stands before and after a hole that the model fills (prefix, suffix, middle: DeepSeek-V3 report,
+    section 4.1). Control strings spelled in either stay text."""
+    if not isinstance(prompt, str):
+        raise RequestError("suffix needs a prompt that is text", param="suffix")
+    tokenizer = service.runtime.tokenizer
+    missing = [marker for marker in markers.FILL_MARKERS if marker not in tokenizer.special_texts]
+    if missing:
+        raise RequestError(f"suffix is not supported: this model's tokenizer has no {missing[0]}", param="suffix")
+    begin, hole, end = map(tokenizer.special_id, markers.FILL_MARKERS)
+    size = len(prompt) + len(suffix)
+    before, after = await service.off_loop(size, lambda: tokenizer.encode_texts([prompt, suffix]))
+    return [tokenizer.bos_id, begin, *before, hole, *after, end]
 
 
 class _Answer:
@@ -83,12 +110,19 @@ class _Answer:
         self._per_prompt = per_prompt
         self._options = body.stream_options
         self._reporting = reporting
+        self._echoes = self._prompt_texts() if body.echo else [""] * len(generations)
         self._common = {
             "id": generations[0].request.request_id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.runtime.model_name,
         }
+
+    def _prompt_texts(self) -> list[str]:
+        """For each choice its prompt, which is shown before its first text."""
+        decode = self._service.runtime.tokenizer.decode
+        texts = [one if isinstance(one, str) else decode(one) for one in _given(self._body)]
+        return [text for text in texts for _ in range(self._per_prompt)]
 
     def whole(self, pieces: list[list[Piece]]) -> dict[str, Any]:
         choices = [self._choice(i, "".join(p.text for p in own), own, 0) for i, own in enumerate(pieces)]
@@ -121,6 +155,7 @@ class _Answer:
 
     def _choice(self, index: int, text: str, pieces: list[Piece], offset: int) -> dict[str, Any]:
         finish = pieces[-1].finish if pieces else None
+        text, self._echoes[index] = self._echoes[index] + text, ""
         logprobs = None
         if self._body.logprobs is not None:
             tokens = [token for piece in pieces for token in piece.tokens]

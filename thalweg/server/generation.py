@@ -104,6 +104,11 @@ class Generation:
         loop = asyncio.get_running_loop()
         engine.submit(request, lambda event: _pass_on(loop, self._events, event))
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the content, if one did."""
+        return self._stop.matched
+
     def close(self) -> None:
         """Stop the engine's work on this request if it is not over: nobody waits for it any more."""
         if not self._ended:

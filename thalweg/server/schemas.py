@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -13,25 +13,38 @@ from pydantic_core import ErrorDetails
 from thalweg.errors import RequestError, nearest
 from thalweg.types import SamplingParams
 
-# Fields of the public APIs that cannot change an answer here; accepted and without effect.
-WITHOUT_EFFECT = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "user",
+_OPENAI = (
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
 )  # fmt: skip
+# Top-level fields of each public API that cannot change an answer here; accepted and without effect.
+WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
+    "chat": tuple(name for name in _OPENAI if name != "parallel_tool_calls"),
+    "completions": _OPENAI,
+    "messages": (
+        "cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id",
+        "workspace_id",
+    ),
+    "responses": (
+        "client_metadata", "max_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "safety_identifier", "service_tier", "store", "user",
+    ),
+}  # fmt: skip
 MOST_LOGPROBS = 20
 MOST_CHOICES = 16
 MOST_STOPS = 16
+MOST_BIAS = 100
 # The range of temperature is OpenAI's and DeepSeek's.
-_Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
-_Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+Temperature = Annotated[float, Field(ge=0, le=2, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 _MinP = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, strict=True)]
 _Repetition = Annotated[float, Field(gt=0, le=10, strict=True)]
-_Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1)]
 _FromZero = Annotated[StrictInt, Field(ge=0)]
 # The first wrong entry is enough: an error for every entry of a list of millions would take gigabytes.
 _Ids = Annotated[list[_FromZero], Field(fail_fast=True)]
-_Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
 _IdLists = Annotated[list[_Ids], Field(fail_fast=True)]
 
 _WORDS = {
@@ -51,7 +64,9 @@ _WORDS = {
 }
 _UNION_BRANCH = re.compile(r"(constrained-|nullable|function-)?(str|int|float|bool|list|dict|none)\b")
 
-Body = TypeVar("Body", bound=BaseModel)
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+Body = TypeVar("Body", bound="ApiBody")
 
 
 class StreamOptions(BaseModel):
@@ -63,21 +78,23 @@ class StreamOptions(BaseModel):
 class Thinking(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["enabled", "disabled"]
+    budget_tokens: _FromZero | None = None
 
 
-class ResponseFormat(BaseModel):
+class ApiBody(BaseModel):
+    """A request body. `api` names its list in WITHOUT_EFFECT."""
+
     model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
+    api: ClassVar[str] = ""
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(ApiBody):
     """Fields that chat completions and completions share."""
 
-    model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
-    max_tokens: _Count | None = None
-    temperature: _Temperature | None = None
-    top_p: _Share | None = None
+    max_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
     min_p: _MinP | None = None
     seed: StrictInt | None = None
@@ -88,6 +105,7 @@ class SamplingBody(BaseModel):
     stop_token_ids: _Ids | None = None
     min_tokens: _FromZero | None = None
     ignore_eos: StrictBool | None = None
+    logit_bias: dict[str, Any] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -127,22 +145,45 @@ class SamplingBody(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            logit_bias=tuple(_bias(token, bias) for token, bias in (self.logit_bias or {}).items()),
         )
 
 
-class ChatBody(SamplingBody):
-    """POST /v1/chat/completions. Messages and tools are checked by the chat encoder."""
+def _bias(token: str, bias: Any) -> tuple[int, float]:
+    """One entry of logit_bias. The engine checks the id against the vocabulary."""
+    path = f"logit_bias.{token:.40}"
+    if not _TOKEN_ID.fullmatch(token):
+        raise RequestError(f"{path} must be a token id in decimal digits", param=path)
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+        raise RequestError(f"{path} must be a number from -{MOST_BIAS} to {MOST_BIAS}", param=path)
+    return int(token), float(bias)
 
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions. The chat encoder checks messages and tools, output_rules the choice and the format."""
+
+    api: ClassVar[str] = "chat"
     messages: list[Any]
-    max_completion_tokens: _Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[Any] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: StrictBool | None = None
+    response_format: Any = None
     thinking: Thinking | None = None
+    thinking_budget: _FromZero | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    def budget(self) -> int | None:
+        """How many tokens the thinking may have, in either spelling; None for as many as the answer."""
+        other = self.thinking.budget_tokens if self.thinking else None
+        if other is not None and self.thinking is not None and self.thinking.type == "disabled":
+            raise RequestError("thinking.budget_tokens needs thinking.type 'enabled'", param="thinking.budget_tokens")
+        if None not in (other, self.thinking_budget) and other != self.thinking_budget:
+            raise RequestError("thinking_budget and thinking.budget_tokens differ", param="thinking_budget")
+        return self.thinking_budget if other is None else other
 
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -151,63 +192,72 @@ class ChatBody(SamplingBody):
 
 
 class CompletionBody(SamplingBody):
-    """POST /v1/completions."""
+    """POST /v1/completions. With `suffix` the model writes what belongs between the two (DeepSeek's FIM)."""
 
-    prompt: StrictStr | _Ids | _Texts | _IdLists
+    api: ClassVar[str] = "completions"
+    prompt: StrictStr | _Ids | Texts | _IdLists
+    suffix: StrictStr | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    echo: Literal[False] | None = None
+    echo: StrictBool | None = None
+    best_of: Count | None = None
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(ApiBody):
     """POST /tokenize: a text, or a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[Any] | None = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(ApiBody):
     """POST /detokenize."""
 
-    model_config = ConfigDict(extra="forbid")
     model: StrictStr | None = None
     tokens: _Ids
-
-
-NESTED: Mapping[str, type[BaseModel]] = {
-    "stream_options": StreamOptions,
-    "thinking": Thinking,
-    "response_format": ResponseFormat,
-}
 
 
 def parse_body(kind: type[Body], fields: Any) -> Body:
     """Check a JSON body. Raises RequestError naming the first wrong field; an unknown one with its nearest match."""
     if not isinstance(fields, Mapping):
         raise RequestError("the body must be a JSON object", param=None)
-    known = (*kind.model_fields, *WITHOUT_EFFECT)
+    ignored = WITHOUT_EFFECT.get(kind.api, ())
+    known = (*kind.model_fields, *ignored)
     for name in fields:
         if name not in known:
             raise RequestError(f"{name} is not a supported field.{nearest(str(name), known)}", param=str(name))
     try:
-        return kind.model_validate({k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
+        return kind.model_validate({k: v for k, v in fields.items() if k not in ignored})
     except ValidationError as error:
-        raise _named(error.errors(include_url=False)) from error
+        raise _named(kind, error.errors(include_url=False)) from error
 
 
-def _named(errors: list[ErrorDetails]) -> RequestError:
+def _named(kind: type[BaseModel], errors: list[ErrorDetails]) -> RequestError:
     """The error of the wrong field. Of the branches of a union, the one that got furthest says what was meant."""
     furthest = max(map(_progress, errors))
     reached = [error for error in errors if _progress(error) == furthest]
     first = reached[0]
     path = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        known = NESTED[str(first["loc"][0])].model_fields
+        known = _model_at(kind, first["loc"]).model_fields
         near = nearest(str(first["loc"][-1]), known) or f" Supported: {', '.join(known)}."
         return RequestError(f"{path} is not a supported field.{near}", param=path)
     words = dict.fromkeys(_words(error) for error in reached if _path(error["loc"]) == path)
     return RequestError(f"{path} {' or '.join(words).replace(' or must be ', ' or ')}", param=path)
+
+
+def _model_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that has no field of the location's last name."""
+    for part in location[:-1]:
+        field = kind.model_fields.get(str(part))
+        kind = (field and _model_in(field.annotation)) or kind
+    return kind
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _progress(error: ErrorDetails) -> tuple[int, int, bool]:

@@ -16,8 +16,9 @@ from thalweg.errors import RequestError, UnknownModelError, nearest
 from thalweg.metrics.prometheus import EngineGauges, PoolGauges, RequestMetrics
 from thalweg.server.access import Caller
 from thalweg.server.generation import Generation, OutputReader
+from thalweg.server.output_rules import OutputRuleMaker
 from thalweg.server.repeats import RepeatWatch
-from thalweg.types import GenerateRequest, SamplingParams, TokenArray
+from thalweg.types import GenerateRequest, OutputRules, SamplingParams, TokenArray
 
 MAX_BODY_BYTES = 64 * 2**20
 LONG_TEXT = 20_000  # characters above which work leaves the event loop: about 10 ms of encoding
@@ -46,6 +47,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
+def new_call_id(index: int) -> str:
+    """The id of an answer's tool call number `index`; unique among all answers."""
+    return f"call_{index}_{secrets.token_hex(8)}"
+
+
 class Service:
     """One loaded model behind HTTP."""
 
@@ -53,6 +59,7 @@ class Service:
         self.runtime = runtime
         self.metrics = RequestMetrics(self._gauges)
         self.created = int(time.time())
+        self.output_rules = OutputRuleMaker(runtime.tokenizer, runtime.engine.limits.eos_token_ids)
         self._watches: dict[str, RepeatWatch] = {}  # by tenant
 
     def check_model(self, name: str | None) -> None:
@@ -87,6 +94,7 @@ class Service:
         request_id: str,
         stops: tuple[str, ...] = (),
         cache: CacheSpace | None = None,
+        rules: OutputRules | None = None,
     ) -> Generation:
         """Submit a request to the engine; must run on the event loop."""
         caller, salt = (cache.caller, cache.salt) if cache else (Caller(), "")
@@ -97,6 +105,7 @@ class Service:
             tenant=caller.tenant,
             cache_salt=salt,
             cache_hints=prompt.hints,
+            rules=rules,
         )
         if caller.tenant not in self._watches:
             self._watches[caller.tenant] = RepeatWatch(caller.name, self.runtime.model_config.unit_tokens)

@@ -52,7 +52,7 @@ class ReasoningEffort(StrEnum):
 
 
 class ToolChoice(StrEnum):
-    """`none` hides the tools; `required` opens the block of calls, which needs chat mode."""
+    """`none` hides the tools; `required` opens the block of calls, where no thinking comes before it."""
 
     AUTO = "auto"
     NONE = "none"
@@ -159,21 +159,13 @@ class _Turn:
 
 
 def _render(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> tuple[PromptBuilder, OutputStart]:
-    _check_options(options)
-    turns = _merge(_with_request_fields(read_messages(messages), options))
+    read = _with_request_fields(read_messages(messages), options)
+    if options.tool_choice is ToolChoice.REQUIRED and not any(message.tools for message in read):
+        raise RequestError("tool_choice 'required' needs tools", param="tool_choice")
+    turns = _merge(read)
     renderer = _Renderer(turns, options)
     starts_in = renderer.render()
     return renderer.builder, starts_in
-
-
-def _check_options(options: ChatOptions) -> None:
-    if options.tool_choice is not ToolChoice.REQUIRED:
-        return
-    if options.thinking:
-        message = "tool_choice 'required' needs thinking to be off: reasoning would have to be closed before the calls"
-        raise RequestError(message, param="tool_choice")
-    if not options.tools:
-        raise RequestError("tool_choice 'required' needs tools", param="tool_choice")
 
 
 def _with_request_fields(messages: tuple[Message, ...], options: ChatOptions) -> list[Message]:
@@ -286,7 +278,7 @@ class _Renderer:
         end = len(self._turns)
         if self._later:
             self._open_assistant(end)
-        if self._options.tool_choice is ToolChoice.REQUIRED:
+        if self._options.tool_choice is ToolChoice.REQUIRED and not self._thinks(end):
             self._dsml("\n\n<", "tool_calls>\n")
             return OutputStart.TOOL_CALLS
         return OutputStart.REASONING if self._thinks(end) else OutputStart.CONTENT

@@ -14,6 +14,9 @@ THINK = "<think>"
 END_THINK = "</think>"
 DSML = "｜DSML｜"
 
+# Fill in the middle: before the text that precedes the hole, at the hole, after the text that follows it.
+FILL_MARKERS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+
 # What follows a message whose `task` field asks for one of the model's built-in classification jobs.
 TASK_ACTION = "action"
 TASK_MARKERS = (

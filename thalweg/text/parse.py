@@ -79,12 +79,21 @@ _WORD_REST = re.compile(r"[^\s<]*")
 
 
 class ChatParser:
-    """Feeds on one output's tokens; the deltas joined do not depend on how the output was cut."""
+    """Feeds on one output's tokens; the deltas joined do not depend on how the output was cut.
 
-    def __init__(self, tokenizer: Tokenizer, starts_in: OutputStart = OutputStart.CONTENT) -> None:
+    `spelled_marks`: markup whose marks are spelled in ordinary text counts as markup in content. It does not where the
+    content is held to a grammar, JSON say, that may have such text in a string.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, starts_in: OutputStart = OutputStart.CONTENT, *, spelled_marks: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
         self._stream = TokenStream(tokenizer)
         self._state = _STARTS[starts_in]
+        self._content_mark = ANY_SPELLING if spelled_marks else CONTROL_ONLY
+        self._reasoning_tokens = 0
+        self._draft_tokens = 0  # since the block began that may be calls
         self._buffer = ""
         self._fresh = True  # nothing shown yet of this reasoning or content
         self._final = False
@@ -106,6 +115,11 @@ class ChatParser:
         return "".join(self._unparsed)
 
     @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the thinking so far, without the one that closes it; a draft's count once it is known as one."""
+        return self._reasoning_tokens
+
+    @property
     def tool_calls(self) -> int:
         """Calls begun so far."""
         return self._calls
@@ -113,9 +127,13 @@ class ChatParser:
     def push(self, token: int) -> list[Delta]:
         """What this token adds; often nothing while it may be part of a tag."""
         control = self._tokenizer.special_text(token)
+        before = self._state
         if control is None:
-            return self.push_piece(self._stream.push(token))
-        return self.push_piece(self._stream.flush()) + self.push_piece(control, special=True)
+            deltas = self.push_piece(self._stream.push(token))
+        else:
+            deltas = self.push_piece(self._stream.flush()) + self.push_piece(control, special=True)
+        self._count(before)
+        return deltas
 
     def push_all(self, tokens: Iterable[int]) -> list[Delta]:
         """What these tokens add."""
@@ -135,6 +153,16 @@ class ChatParser:
         self._buffer += self._stream.flush()
         self._final = True
         return self._run()
+
+    def _count(self, before: _State) -> None:
+        """Whose token was just pushed: the thinking's, a draft's from the rest of its opening tag on, or neither."""
+        thinking = (_State.REASONING, _State.DRAFT)
+        if before in thinking and self._state is _State.DRAFT:
+            self._draft_tokens += 1
+        elif before in thinking:
+            ended = self._state is not _State.REASONING
+            self._reasoning_tokens += self._draft_tokens + (0 if ended else 1)
+            self._draft_tokens = 0
 
     def _run(self) -> list[Delta]:
         steps = {
@@ -211,9 +239,10 @@ class ChatParser:
             self._state = _State.REASONING if self._buffer[0] == THINK_MARK else _State.CONTENT
             self._skip(1)
             return True
-        mark = ANY_SPELLING.search(self._buffer)
+        mark = self._content_mark.search(self._buffer)
         if mark is None:
-            cut = _CUT_MARK.search(self._buffer) if self._final else None
+            may_be_cut = self._final and self._content_mark is ANY_SPELLING
+            cut = _CUT_MARK.search(self._buffer) if may_be_cut else None
             self._show_content(self._certain(_CONTENT_TAIL) if cut is None else self._tail_start(_CONTENT_TAIL))
             if cut is not None:
                 self._refuse(len(self._buffer))
