@@ -64,8 +64,6 @@ class Sampler:
         """A copy in which what is not allowed is minus infinity."""
         if allowed.mask is not None:
             logits = torch.where(self._allowed_ids(allowed, logits), logits, float("-inf"))
-            if not bool(logits.max() > float("-inf")):
-                raise GrammarError("the grammar of this output leaves no token that could come next")
         elif allowed.banned:
             logits = logits.clone()
         if allowed.banned:
@@ -73,10 +71,12 @@ class Sampler:
         return logits
 
     def _allowed_ids(self, allowed: AllowedTokens, logits: Tensor) -> Tensor:
-        """bool [vocab]. Ids past the tokenizer's are never allowed."""
+        """bool [vocab], at least one of them true. Ids past the tokenizer's are never allowed."""
         assert allowed.mask is not None
         ids = np.unpackbits(np.frombuffer(allowed.mask, np.uint8), count=logits.shape[-1], bitorder="little")
         ids[list(self._eos)] = allowed.may_end
+        if not ids.any():
+            raise GrammarError("the grammar of this output leaves no token that could come next")
         return torch.from_numpy(ids.view(np.bool_)).to(logits.device)
 
 
