@@ -52,7 +52,9 @@ function drawCurve(canvas, values, most, name) {
     if (peak > 0 || part === 0) context.fillText(short(scale * part), left - 7, line);
   }
   context.textBaseline = "alphabetic";
-  for (const [minutes, align] of [[5, "left"], [4, "center"], [3, "center"], [2, "center"], [1, "center"], [0, "right"]]) {
+  const marks = [[5, "left"], [4, "center"], [3, "center"], [2, "center"], [1, "center"], [0, "right"]]
+    .filter(([minutes]) => width > 420 || minutes % 2 === 0);
+  for (const [minutes, align] of marks) {
     context.textAlign = align;
     const at = width - ((minutes * 60) / most) * (width - left);
     context.fillText(minutes ? `−${minutes} min` : "now", at, height - 3);

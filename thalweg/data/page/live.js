@@ -1,7 +1,7 @@
 // The live page: asks /live once a second and shows the answer. All text goes in by textContent; nothing is parsed as HTML.
 "use strict";
 
-const KEY = "thalweg-api-key", EVERY_MS = 1000, PHASES = ["queue", "load", "prefill", "decode"];
+const KEY = "thalweg-api-key", EVERY_MS = 1000, FEW = 6, PHASES = ["queue", "load", "prefill", "decode"];
 const SOURCES = ["device", "host", "disk", "replayed", "computed"];
 const REASONS = {
   "none": "all was cached", "cold": "nothing here yet", "too-short": "shorter than a unit", "diverged": "other tokens",
@@ -10,7 +10,7 @@ const REASONS = {
 };
 const find = (id) => document.getElementById(id);
 const number = (value) => Math.round(value).toLocaleString("en-US");
-let last = null, timer = 0, shownRequests = "";
+let last = null, timer = 0, shownRequests = "", showAll = false;
 
 function make(tag, className, ...children) {
   const node = document.createElement(tag);
@@ -103,14 +103,17 @@ function finishedRow(request, longest) {
 }
 
 function showRequests(data) {
-  const same = JSON.stringify([data.open, data.finished]);
+  const same = JSON.stringify([data.open, data.finished, showAll]);
   if (same === shownRequests) return; // keeps what a reader has selected
   shownRequests = same;
   const longest = (requests) => Math.max(...requests.map(whole), 1e-3);
   const rows = data.open.map((request) => openRow(request, longest(data.open)));
   if (data.more_open) rows.push(make("div", "empty", `and ${number(data.more_open)} more`));
   find("open").replaceChildren(...(rows.length ? rows : [make("div", "empty", "nothing is running")]));
-  const done = data.finished.map((request) => finishedRow(request, longest(data.finished)));
+  const ended = showAll ? data.finished : data.finished.slice(0, FEW);
+  const done = ended.map((request) => finishedRow(request, longest(ended)));
+  find("more").hidden = data.finished.length <= FEW;
+  find("more").textContent = showAll ? "show fewer" : `show all ${data.finished.length}`;
   find("finished").replaceChildren(...(done.length ? done : [make("div", "empty", "nothing yet")]));
   find("whose").textContent = data.caller ? `of the key “${data.caller}”` : "";
 }
@@ -284,6 +287,10 @@ async function turn() {
   if (again) timer = setTimeout(turn, EVERY_MS);
 }
 
+find("more").addEventListener("click", () => {
+  showAll = !showAll;
+  show(last);
+});
 find("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = find("key").value.trim();
