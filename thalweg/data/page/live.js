@@ -164,7 +164,7 @@ function showGroups(groups) {
     }
     const parts = [["own", group.in_use - group.shared], ["shared", group.shared], ["idle", group.idle], ["free", group.free]];
     const each = drawBlocks(node.children[1], parts, group.total);
-    const words = `${number(group.in_use)} in use · ${number(group.cached)} cached · ${number(group.idle)} idle · ${number(group.total)} blocks`;
+    const words = `${number(group.in_use)} in use · ${number(group.cached)} cached (${number(group.idle)} idle) · ${number(group.total)} blocks`;
     node.children[1].setAttribute("aria-label", `${group.group}: ${words}`);
     const size = `${bytes(group.total * group.block_bytes)} · a square is ${each > 1 ? `${number(each)} blocks` : "a block"}, ${bytes(each * group.block_bytes)}`;
     node.children[2].replaceChildren(words, make("br"), size);
