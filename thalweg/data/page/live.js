@@ -212,9 +212,9 @@ function showAbout(data) {
   const about = data.about;
   const entries = [["model", about.model], ["context limit", `${number(about.max_model_len)} tokens`],
     ["cache holds", `${number(about.cache_tokens)} tokens`], ["up for", span(about.uptime_seconds)],
-    ...Object.entries(about.kernels).map(([backend, ops]) => [`kernels: ${backend}`, ops.join(", ")]),
-    ...Object.entries(about.choices), ["version", about.version]];
-  find("about").replaceChildren(...entries.map(([name, value]) => make("div", "", make("dt", "", name), make("dd", "", value))));
+    ...Object.entries(about.choices), ["version", about.version],
+    ...Object.entries(about.kernels).map(([backend, ops]) => [`kernels: ${backend}`, ops.join(", "), "wide"])];
+  find("about").replaceChildren(...entries.map(([name, value, width]) => make("div", width, make("dt", "", name), make("dd", "", value))));
   const backends = Object.keys(about.kernels).join(", ");
   find("model").replaceChildren(make("b", "", about.model), ` · ${number(about.max_model_len)} tokens of context · ${backends} kernels`);
   document.title = `${data.status.running ? `${data.status.running} running · ` : ""}${about.model} · thalweg`;
