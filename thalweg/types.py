@@ -150,6 +150,15 @@ class CacheReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """When the engine first did what with a request, in seconds of its clock; None: not yet, or never."""
+
+    arrived: float
+    loading: float | None = None  # rows of lower tiers are on their way
+    started: float | None = None  # planned into a step
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a request cost. prompt_tokens = cached_tokens + replayed tokens + computed_tokens."""
 
@@ -157,6 +166,7 @@ class Usage:
     output_tokens: int
     cache: CacheReport
     preemptions: int = 0
+    timeline: Timeline | None = None
 
     @property
     def cached_tokens(self) -> int:

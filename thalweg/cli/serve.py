@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -31,6 +32,14 @@ def serve(
     api_keys_file: Annotated[
         Path | None, typer.Option(show_default=False, help="TOML file with a table [keys] of name = key.")
     ] = None,
+    enable_log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--enable-log-requests/--no-enable-log-requests",
+            "--log-requests/--disable-log-requests",
+            help="One JSON line per finished request on stderr.",
+        ),
+    ] = True,
     config: flags.ConfigFile = None,
     served_model_name: flags.ServedName = None,
     device: flags.Device = None,
@@ -58,6 +67,7 @@ def serve(
     """Serve a model over HTTP: OpenAI chat completions and completions, /health, /metrics."""
     options = flags.options_from(locals())
     from thalweg.server.access import load_keys
+    from thalweg.server.request_log import write_request_log
 
     keys = load_keys(api_key, api_keys_file)
     listener = _listen(host, port)
@@ -67,6 +77,8 @@ def serve(
     with weights_progress() as progress:
         runtime = build_runtime(options, progress)
     _print_report(runtime)
+    if enable_log_requests:
+        write_request_log(sys.stderr.fileno())
     print(f"API keys of: {', '.join(keys.names)}" if keys.names else "no API key is needed")
     _run(runtime, keys, listener)
 

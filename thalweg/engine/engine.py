@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from thalweg.cache.pool import GroupUsage
 from thalweg.engine.plan import StepPlan, StepResult
@@ -31,7 +31,7 @@ from thalweg.errors import (
 )
 from thalweg.memory.tier import TierUsage
 from thalweg.metrics.prometheus import TierGauges
-from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, TokenEvent
+from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, Timeline, TokenEvent
 
 _log = logging.getLogger("thalweg.engine")
 _STATUS_SECONDS = 0.02  # between two snapshots while requests run: one takes as long as a layer of a small model
@@ -50,7 +50,11 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """A snapshot, taken between two steps, when the engine's clock showed `seconds`."""
+    """A snapshot, taken between two steps, when the engine's clock showed `seconds`.
+
+    `waiting` has those that wait for room, `loading` those whose rows are on their way. `timelines` has the running and
+    loading requests by id.
+    """
 
     seconds: float
     running: int
@@ -59,6 +63,8 @@ class EngineStatus:
     counters: Mapping[str, float]
     healthy: bool
     failure: str | None
+    loading: int = 0
+    timelines: Mapping[str, Timeline] = field(default_factory=dict)
 
 
 class Engine:
@@ -260,6 +266,7 @@ class Engine:
             if self._shadow_run is not None:
                 scheduler.add(self._shadow_run)
         plan = scheduler.plan()
+        self._note_starts()
         if not plan.sequences:
             if scheduler.tiering.busy:
                 self._stuck = True
@@ -278,8 +285,19 @@ class Engine:
         self._scheduler.commit(plan)
         self._counters["steps"] += 1
         self._counters["step_tokens"] += plan.tokens
+        self._counters["decode_tokens"] += plan.decode_tokens
         self._counters["step_seconds"] += self._clock() - begin
         self._tell(plan, result)
+
+    def _note_starts(self) -> None:
+        """Write down when requests began to load and to run."""
+        for loading in self._scheduler.loading:
+            timeline = loading.sequence.timeline
+            if timeline.loading is None and timeline.started is None:
+                loading.sequence.timeline = replace(timeline, loading=self._clock())
+        for running in self._scheduler.running:
+            if running.sequence.timeline.started is None:
+                running.sequence.timeline = replace(running.sequence.timeline, started=self._clock())
 
     def _refuse_head(self) -> None:
         """The pools are empty and the first waiting request still does not fit: it never will."""
@@ -371,9 +389,18 @@ class Engine:
             **{f"evicted_for_{group.value}": count for group, count in coordinator.evicted.items()},
             **{f"checkpoints_{reason.name.lower()}": n for reason, n in coordinator.checkpoints_made.items()},
         }
-        running, waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        loading = [loading.sequence for loading in self._scheduler.loading]
+        running = [running.sequence for running in self._scheduler.running]
         return EngineStatus(
-            self._clock(), running, waiting, coordinator.usage(), counters, not self._closing, self._failure
+            self._clock(),
+            len(running),
+            len(self._scheduler.waiting),
+            coordinator.usage(),
+            counters,
+            not self._closing,
+            self._failure,
+            len(loading),
+            {sequence.request_id: sequence.timeline for sequence in (*loading, *running)},
         )
 
 

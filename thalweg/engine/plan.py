@@ -38,6 +38,11 @@ class StepPlan:
     def tokens(self) -> int:
         return sum(s.tokens for s in self.sequences)
 
+    @property
+    def decode_tokens(self) -> int:
+        """Of `tokens`, those behind their prompt."""
+        return sum(s.tokens for s in self.sequences if s.start >= s.running.sequence.prompt_tokens)
+
     def description(self) -> tuple[tuple[str, int, int, bool], ...]:
         """The plan as plain values, for comparing two engines."""
         return tuple((s.request_id, s.start, s.end, s.samples) for s in self.sequences)

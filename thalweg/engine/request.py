@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from thalweg.cache.geometry import Group
 from thalweg.cache.sequence import SequenceCache, Snapshot
-from thalweg.types import CacheReport, Event, FinishReason, GenerateRequest, MissReason, SampledToken, TokenArray, Usage
+from thalweg.types import (
+    CacheReport,
+    Event,
+    FinishReason,
+    GenerateRequest,
+    MissReason,
+    SampledToken,
+    Timeline,
+    TokenArray,
+    Usage,
+)
 
 Listener = Callable[[Event], None]
 
@@ -53,7 +63,7 @@ class Sequence:
         self.cold = cold  # reuse nothing and publish nothing
         self.listener = listener
         self.max_output_tokens = max_output_tokens
-        self.arrived = arrived
+        self.timeline = Timeline(arrived)
         self.preemptions = 0
         self.cache_report = CacheReport(reason=MissReason.COLD)
         self.load: LoadOutcome | None = None  # once the lower tiers were asked
@@ -106,7 +116,7 @@ class Sequence:
 
     def usage(self) -> Usage:
         """The bill so far. What was cached is what the first admission found: recomputing is our cost, not theirs."""
-        return Usage(self.prompt_tokens, self.output_tokens, self.cache_report, self.preemptions)
+        return Usage(self.prompt_tokens, self.output_tokens, self.cache_report, self.preemptions, self.timeline)
 
 
 @dataclass(slots=True)

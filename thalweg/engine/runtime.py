@@ -78,6 +78,7 @@ class Runtime:
     cache_plan: CachePlan
     kernel_set: KernelSet
     choices: tuple[Choice, ...]
+    prefix_caching: bool = True
 
 
 def model_directory(model: str) -> Path:
@@ -138,6 +139,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         cache_plan=plan,
         kernel_set=kernel_set,
         choices=tuple(_about(options, checkpoint) + choices),
+        prefix_caching=options.enable_prefix_caching,
     )
 
 

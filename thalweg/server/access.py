@@ -26,8 +26,10 @@ from thalweg.server.wire import error_response
 
 KEY_VARIABLE = "THALWEG_API_KEY"
 SHORTEST_KEY = 8
+# The live page without its data: a browser cannot show a key before there is a page to type it into.
+LIVE_PAGE_PATHS = frozenset({"/", "/page/live.js", "/page/draw.js", "/page/live.css", "/page/icon.svg"})
 # What balancers and monitors ask; it tells nothing of any prompt.
-_OPEN = frozenset({"/health", "/version", "/metrics"})
+_OPEN = frozenset({"/health", "/version", "/metrics"}) | LIVE_PAGE_PATHS
 _KEY = re.compile(r"[!-~]+")  # what a header carries unchanged
 _log = logging.getLogger("thalweg.server")
 

@@ -19,6 +19,7 @@ from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableE
 from thalweg.server.access import ApiKeys, KeyCheck
 from thalweg.server.chat import chat_completions, encode_conversation
 from thalweg.server.completions import completions
+from thalweg.server.live import add_live_page
 from thalweg.server.messages import count_tokens, messages
 from thalweg.server.messages_input import CountBody, MessagesBody
 from thalweg.server.responses import responses
@@ -48,16 +49,20 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.runtime.engine.start()
+        watch = asyncio.create_task(service.history.watch(service.runtime.engine.status))
         yield
+        watch.cancel()
         service.runtime.engine.close()
 
     app = FastAPI(title="thalweg", version=thalweg.__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
-    if keys is not None and keys.names:
+    wants_key = keys is not None and bool(keys.names)
+    if keys is not None and wants_key:
         app.add_middleware(KeyCheck, keys=keys)
     _add_errors(app)
     _add_models(app, service)
     _add_generation(app, service)
     _add_operations(app, service)
+    add_live_page(app, service, wants_key=wants_key)
     return app
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from thalweg.errors import EngineError
-from thalweg.metrics.prometheus import FinishedRequest, RequestMetrics
+from thalweg.errors import EngineError, ThalwegError
+from thalweg.server.record import RequestRecord
 from thalweg.text.deltas import ContentText, Delta
 from thalweg.text.stream import StopMatcher, TokenStream
 from thalweg.text.tokenizer import Tokenizer
@@ -87,19 +86,18 @@ class Generation:
         request: GenerateRequest,
         reader: OutputReader,
         stops: tuple[str, ...],
-        metrics: RequestMetrics,
+        record: RequestRecord,
         on_served: Callable[[CacheReport], None],
     ) -> None:
         """Submits at once: raises what `Engine.submit` raises. `on_served` hears of an end that is no failure."""
         self.request = request
         self.reader = reader
         self._engine = engine
-        self._metrics = metrics
+        self._record = record
         self._on_served = on_served
         self._produced = 0
         self._stop = StopMatcher(stops, lambda: self._produced >= request.sampling.min_tokens)
         self._ended = False
-        self._arrived = self._last = time.monotonic()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         engine.submit(request, lambda event: _pass_on(loop, self._events, event))
@@ -114,22 +112,23 @@ class Generation:
         if not self._ended:
             self._ended = True
             self._engine.cancel(self.request.request_id)
-            self._metrics.abandoned()
+            self._record.abandoned()
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces until one has `finish`. Raises the request's ThalwegError if the engine failed it."""
         while not self._ended:
             event = await self._events.get()
             if isinstance(event, PrefillProgress):
+                self._record.progressed(event)
                 yield Piece((), (), None, progress=event)
             else:
                 yield self._piece(event)
 
     def _piece(self, event: TokenEvent) -> Piece:
         if event.finish in (FinishReason.ERROR, FinishReason.CANCELLED):
-            self._end(event.finish, event.usage)
+            self._end(event.finish, event.usage, event.error)
             raise event.error or EngineError("the engine ended the request without a reason")
-        self._time(len(event.tokens))
+        self._record.produced(len(event.tokens), event.usage)
         deltas, tokens = self._read(event)
         usage, finish = event.usage, event.finish
         if self._stop.matched is not None:
@@ -168,35 +167,9 @@ class Generation:
                 shown.append(delta)
         return shown
 
-    def _time(self, tokens: int) -> None:
-        now = time.monotonic()
-        if self._produced == 0:
-            self._metrics.first_token(now - self._arrived)
-        elif tokens:
-            self._metrics.next_token((now - self._last) / tokens)
-        self._last = now
-
-    def _end(self, reason: FinishReason, usage: Usage) -> None:
-        if self._ended:  # closed meanwhile, and counted there
-            return
+    def _end(self, reason: FinishReason, usage: Usage, error: ThalwegError | None = None) -> None:
         self._ended = True
-        self._metrics.finished(
-            FinishedRequest(
-                reason=reason.value,
-                miss_reason=usage.cache.reason.value,
-                prompt_tokens=usage.prompt_tokens,
-                output_tokens=usage.output_tokens,
-                prompt_sources={
-                    "device": usage.cache.device_tokens,
-                    "host": usage.cache.host_tokens,
-                    "disk": usage.cache.disk_tokens,
-                    "replayed": usage.cache.replayed_tokens,
-                    "computed": usage.computed_tokens,
-                },
-                cached_tokens=usage.cached_tokens,
-                seconds=time.monotonic() - self._arrived,
-            )
-        )
+        self._record.ended(reason.value, usage, error)
 
 
 def _pass_on(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:

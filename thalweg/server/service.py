@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,12 +13,17 @@ import numpy as np
 
 from thalweg.engine.runtime import Runtime
 from thalweg.errors import RequestError, UnknownModelError, nearest
+from thalweg.metrics.finished import FinishedRequest
 from thalweg.metrics.prometheus import EngineGauges, PoolGauges, RequestMetrics
+from thalweg.metrics.vllm_names import ModelLabels
 from thalweg.server.access import Caller
 from thalweg.server.generation import Generation, OutputReader
+from thalweg.server.history import History
 from thalweg.server.output_rules import OutputRuleMaker
+from thalweg.server.record import RequestRecord
 from thalweg.server.repeats import RepeatWatch
-from thalweg.types import GenerateRequest, OutputRules, SamplingParams, TokenArray
+from thalweg.server.request_log import log_finished
+from thalweg.types import GenerateRequest, OutputRules, SamplingParams, Timeline, TokenArray
 
 MAX_BODY_BYTES = 64 * 2**20
 LONG_TEXT = 20_000  # characters above which work leaves the event loop: about 10 ms of encoding
@@ -57,7 +62,8 @@ class Service:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.metrics = RequestMetrics(self._gauges)
+        self.metrics = RequestMetrics(self._gauges, _labels(runtime))
+        self.history = History()
         self.created = int(time.time())
         self.output_rules = OutputRuleMaker(runtime.tokenizer, runtime.engine.limits.eos_token_ids)
         self._watches: dict[str, RepeatWatch] = {}  # by tenant
@@ -110,7 +116,17 @@ class Service:
         if caller.tenant not in self._watches:
             self._watches[caller.tenant] = RepeatWatch(caller.name, self.runtime.model_config.unit_tokens)
         on_served = self._watches[caller.tenant].begin(prompt.tokens)
-        return Generation(self.runtime.engine, request, reader, stops, self.metrics, on_served)
+        record = RequestRecord(request, caller, self.metrics, self._ended, self._timelines)
+        generation = Generation(self.runtime.engine, request, reader, stops, record, on_served)
+        self.history.begun(record)
+        return generation
+
+    def _timelines(self) -> Mapping[str, Timeline]:
+        return self.runtime.engine.status().timelines
+
+    def _ended(self, record: RequestRecord, finished: FinishedRequest) -> None:
+        self.history.ended(record, finished)
+        log_finished(finished)
 
     def _gauges(self) -> EngineGauges:
         status, plan = self.runtime.engine.status(), self.runtime.cache_plan
@@ -128,4 +144,17 @@ class Service:
         )
         kernels = {choice.op: choice.backend for choice in self.runtime.kernel_set.choices}
         tiers = self.runtime.engine.tiers()
-        return EngineGauges(status.running, status.waiting, pools, status.counters, tiers, kernels)
+        return EngineGauges(
+            status.running, status.waiting, pools, status.counters, tiers, kernels, loading=status.loading
+        )
+
+
+def _labels(runtime: Runtime) -> ModelLabels:
+    plan, unit = runtime.cache_plan, runtime.model_config.unit_tokens
+    return ModelLabels(
+        model_name=runtime.model_name,
+        block_tokens=unit,
+        blocks=plan.token_capacity // unit,
+        cache_dtype=plan.layout.kv.value,
+        prefix_caching=runtime.prefix_caching,
+    )
