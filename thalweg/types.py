@@ -99,6 +99,7 @@ class GenerateRequest:
     `tenant` and `cache_salt` separate prefix caches: prompts that differ in either never share. The tenant is the
     server's own word, made of the caller's API key; the salt is the client's, and can only divide a tenant further.
     `cache_hints` are prompt positions at which later prompts are likely to diverge. `rules` hold for the output.
+    Lower `priority` goes first, before all else that is weighed.
     """
 
     request_id: str
@@ -108,6 +109,7 @@ class GenerateRequest:
     cache_salt: str = ""
     cache_hints: tuple[int, ...] = ()
     rules: OutputRules | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,7 +286,9 @@ class Engine:
         self._counters["steps"] += 1
         self._counters["step_tokens"] += plan.tokens
         self._counters["decode_tokens"] += plan.decode_tokens
-        self._counters["step_seconds"] += self._clock() - begin
+        seconds = self._clock() - begin
+        self._scheduler.observe(plan, seconds)
+        self._counters["step_seconds"] += seconds
         self._tell(plan, result)
 
     def _note_starts(self) -> None:

@@ -65,6 +65,8 @@ class Sequence:
         self.max_output_tokens = max_output_tokens
         self.timeline = Timeline(arrived)
         self.preemptions = 0
+        self.uncached_tokens = len(request.prompt)  # as far as known when it was queued
+        self.added_at = 0  # tokens that all steps together had computed by then
         self.cache_report = CacheReport(reason=MissReason.COLD)
         self.load: LoadOutcome | None = None  # once the lower tiers were asked
         self.swapped: Swapped | None = None

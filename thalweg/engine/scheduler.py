@@ -1,9 +1,12 @@
 """Which tokens of which requests the next step computes. The whole policy is in `plan`. No torch, no clock, no I/O.
 
-Running decodes come first, one token each. What is left of the step's token budget goes to prompts, the one with the
-least uncached work first, but at least a quarter of it to the oldest prompt, so that a long one always advances.
-Waiting requests start in order of arrival when a slot is free and the pools can promise room for all their tokens.
-Before that, rows that only a lower tier has are loaded, while the others run.
+Running decodes come first, one token each. What is left of the step's token budget, and of what `pace` allows beside
+decodes, goes to prompts: the one with the least uncached work first, but at least a quarter to the oldest prompt, so
+that a long one always advances. A prompt of much work never fills a step: whoever arrives meanwhile waits for less.
+Waiting requests start when a slot is free and the pools can promise room for all their tokens: those that gave way
+first, then by priority, then the least uncached work. Work counts for less the more tokens others were given since the
+request arrived, so that nobody waits for ever. Before they start, rows that only a lower tier has are loaded, while the
+others run.
 When a running request needs a block and none can be freed, the last one admitted gives way and waits again at the head
 of the queue. It takes its blocks to host memory if there is room, else it computes again what the prefix index loses;
 either way its output does not change.
@@ -16,9 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from thalweg.cache.prefix_index import Namespace
+from thalweg.engine.pace import Pace
 from thalweg.engine.plan import SequencePlan, StepPlan
 from thalweg.engine.request import Running, Sequence
 from thalweg.engine.tiering import Loading, Tiering
+
+LONG_STEPS = 4  # a prompt of more uncached work than so many steps is long
+LONG_SHARE = 2  # a long prompt takes at most one part in so many of a step
+AGING = 8  # so many tokens given to others make a request's work seem one token less
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +49,80 @@ class Scheduler:
         self.running: list[Running] = []  # in order of admission
         self.loading: list[Loading] = []
         self.preemptions = 0
+        self._pace = Pace(burst_tokens=LONG_STEPS * limits.max_step_tokens)
+        self._given_tokens = 0  # by all steps so far: the clock of aging
 
     def add(self, sequence: Sequence) -> None:
+        if not sequence.cold:
+            match = self.coordinator.probe(sequence.tokens, self._namespace(sequence))
+            sequence.uncached_tokens = len(sequence) - match.resume * self.coordinator.policy.unit_tokens
+        sequence.added_at = self._given_tokens
         self.waiting.append(sequence)
 
     def plan(self) -> StepPlan:
         """The next step, with its blocks reserved; empty if nothing can run."""
         self._admit()
-        budget = self.limits.max_step_tokens
         planned: dict[int, SequencePlan] = {}
-        decoding = [r for r in self.running if r.remaining_tokens == 1]
-        prompts = [r for r in self.running if r.remaining_tokens > 1]
-        shares = [(r, 1) for r in decoding[:budget]]
-        left = budget - len(shares)
-        if prompts:
-            oldest = prompts[0]
-            reserved = min(oldest.remaining_tokens, -(-left // 4))
-            for running in sorted(prompts, key=lambda r: r.remaining_tokens):
-                share = min(running.remaining_tokens, left if running is oldest else left - reserved)
-                left -= share
-                reserved -= min(reserved, share) if running is oldest else 0
-                shares.append((running, share))
-        for running, tokens in shares:
+        decoding = [r for r in self.running if r.remaining_tokens == 1][: self.limits.max_step_tokens]
+        for running, tokens in [*((r, 1) for r in decoding), *self._prompt_shares(len(decoding))]:
             if tokens > 0:
                 self._reserve(running, tokens, planned)
-        return StepPlan(tuple(planned.values()))
+        plan = StepPlan(tuple(planned.values()))
+        self._given_tokens += plan.tokens
+        return plan
+
+    def observe(self, plan: StepPlan, seconds: float) -> None:
+        """How long a step took."""
+        self._pace.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, seconds)
+
+    def _prompt_shares(self, decodes: int) -> list[tuple[Running, int]]:
+        prompts = [r for r in self.running if r.remaining_tokens > 1]
+        if not prompts:
+            return []
+        left = left_to_long = self.limits.max_step_tokens - decodes
+        if decodes:
+            allowed, allowed_to_long = self._pace.prompt_tokens(long=False), self._pace.prompt_tokens(long=True)
+            left = left if allowed is None else min(left, allowed)
+            left_to_long = left if allowed_to_long is None else min(left, allowed_to_long)
+        left_to_long = min(left_to_long, max(1, self.limits.max_step_tokens // LONG_SHARE))
+        oldest = prompts[0]
+        reserved = min(oldest.remaining_tokens, -(-left // 4), left_to_long if self._long(oldest) else left)
+        shares = []
+        for running in sorted(prompts, key=lambda r: self._rank(r.sequence, r.remaining_tokens)):
+            most = left if running is oldest else left - reserved
+            if self._long(running):
+                most = min(most, left_to_long)
+            share = max(0, min(running.remaining_tokens, most))
+            left -= share
+            left_to_long -= share if self._long(running) else 0
+            reserved -= min(reserved, share) if running is oldest else 0
+            shares.append((running, share))
+        return shares
+
+    def _long(self, running: Running) -> bool:
+        return running.remaining_tokens > LONG_STEPS * self.limits.max_step_tokens
+
+    def _rank(self, sequence: Sequence, work: int) -> tuple[int, float]:
+        """Lower goes first."""
+        return sequence.request.priority, work - (self._given_tokens - sequence.added_at) / AGING
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.loading) < self.limits.max_running:
-            sequence = self.waiting[0]
+            sequence = self._next_waiting()
             begun = self._begin_loading(sequence) if sequence.swapped is None else self._bring_back(sequence)
             if not begun and not self.tiering.free_blocks():
                 return
+
+    def _next_waiting(self) -> Sequence:
+        """Who starts next, brought to the head of the queue."""
+        head = self.waiting[0]
+        if head.preemptions == 0 and head.load is None:
+            best = min(self.waiting, key=lambda s: self._rank(s, s.uncached_tokens))
+            if best is not head:
+                self.waiting.remove(best)
+                self.waiting.appendleft(best)
+            return best
+        return head
 
     def _bring_back(self, sequence: Sequence) -> bool:
         begun = self.tiering.bring_back(sequence, self._namespace(sequence), self._loaded)

@@ -76,7 +76,7 @@ async def start_conversation(service: Service, body: ChatBody, request: Request,
     encoded = await encode_conversation(service, body)
     rules = await service.output_rules.make(wishes, encoded.starts_in)
     tokenizer = service.runtime.tokenizer
-    prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries)
+    prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries, body.priority or 0)
     generations: list[Generation] = []
     try:
         for choice in range(body.n or 1):

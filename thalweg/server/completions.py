@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -34,7 +35,7 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
         raise RequestError(f"best_of must be n ({body.n or 1}): choices are not ranked here", param="best_of")
     reporting = CacheReporting.of(request, body.return_cache_report)
     cache = CacheSpace(caller_of(request), body.salt())
-    prompts = await _prompts(service, body)
+    prompts = [replace(prompt, priority=body.priority or 0) for prompt in await _prompts(service, body)]
     stops, count = body.stops(), body.n or 1
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default of this endpoint
     generations: list[Generation] = []

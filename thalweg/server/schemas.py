@@ -109,6 +109,7 @@ class SamplingBody(ApiBody):
     n: Annotated[StrictInt, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
+    priority: Annotated[StrictInt, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: StrictStr | None = None
     user_id: StrictStr | None = None
     return_cache_report: StrictBool | None = None

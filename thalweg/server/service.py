@@ -33,10 +33,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """An encoded prompt: tokens and the positions at which later prompts may diverge."""
+    """An encoded prompt: tokens, where later prompts may diverge from it, and how early it is to be computed."""
 
     tokens: TokenArray
     hints: tuple[int, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class Service:
             cache_salt=salt,
             cache_hints=prompt.hints,
             rules=rules,
+            priority=prompt.priority,
         )
         if caller.tenant not in self._watches:
             self._watches[caller.tenant] = RepeatWatch(caller.name, self.runtime.model_config.unit_tokens)

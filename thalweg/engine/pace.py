@@ -1,0 +1,68 @@
+"""How many prompt tokens a step may compute beside running decodes, so that these keep a share of their speed.
+
+Steps are timed by the engine; here is arithmetic alone. Time that a step spends on prompts is taken from a credit that
+all steps with decodes pay into. Prompts of much work leave half of the credit to short ones, which may then be computed
+at once: over a time longer than it takes to use the credit up, decodes have their share whatever else arrives.
+"""
+
+from __future__ import annotations
+
+DECODE_SHARE = 0.55  # of the speed that decodes have alone: half is the promise, and estimates err
+QUANTUM = 64  # prompt tokens that are worth a step of their own: fewer cost about as much
+_NEWEST = 0.2  # weight of the last step in the averages
+
+
+class Pace:
+    """Owned by the scheduler. `burst_tokens`: prompt tokens that full credit pays for."""
+
+    def __init__(self, burst_tokens: int, decode_share: float = DECODE_SHARE) -> None:
+        self._burst_tokens = burst_tokens
+        self._share = decode_share
+        self._decode_seconds: float | None = None  # of a step with decodes alone
+        self._token_seconds: float | None = None  # of a prompt token
+        self._credit = 0.0  # seconds
+
+    def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
+        """A step with so many decodes and prompt tokens took so long."""
+        if decodes and not prompt_tokens:
+            self._decode_seconds = _averaged(self._decode_seconds, seconds)
+        decode_seconds = self._decodes_of(prompt_tokens, seconds) if decodes else 0.0
+        prompt_seconds = max(0.0, seconds - decode_seconds)
+        if prompt_tokens >= QUANTUM:
+            self._token_seconds = _averaged(self._token_seconds, prompt_seconds / prompt_tokens)
+        if decodes:
+            earned = (1 - self._share) * seconds - prompt_seconds
+            self._credit = min(self._full, max(-self._full, self._credit + earned))
+        else:
+            self._credit = self._full  # nobody was kept waiting
+
+    def prompt_tokens(self, *, long: bool) -> int | None:
+        """How many prompt tokens may join decodes in the next step, in prompts of much work or else; None: any number.
+
+        Never for good 0: with full credit at least QUANTUM.
+        """
+        if self._decode_seconds is None or self._token_seconds is None:
+            return None
+        kept = self._full / 2 if long else 0.0
+        seconds = (self._credit - kept + (1 - self._share) * self._decode_seconds) / self._share
+        tokens = int(seconds / self._token_seconds) if self._token_seconds else self._burst_tokens
+        if tokens < QUANTUM:
+            return QUANTUM if self._credit >= self._full else 0
+        return tokens
+
+    @property
+    def _full(self) -> float:
+        return self._burst_tokens * (self._token_seconds or 0.0)
+
+    def _decodes_of(self, prompt_tokens: int, seconds: float) -> float:
+        """The part of a step that its decodes took; estimated until a step of decodes alone was seen."""
+        if self._decode_seconds is not None:
+            return min(seconds, self._decode_seconds)
+        if self._token_seconds is None:
+            return seconds
+        self._decode_seconds = max(0.1 * seconds, seconds - prompt_tokens * self._token_seconds)
+        return self._decode_seconds
+
+
+def _averaged(before: float | None, newest: float) -> float:
+    return newest if before is None else before + _NEWEST * (newest - before)
