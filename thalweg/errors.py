@@ -53,9 +53,15 @@ class CancelledError(ThalwegError):
 
 
 class OverloadedError(ThalwegError):
+    """`retry_after_seconds` is after how long trying again may help, where that is known."""
+
     status = 429
     kind = "overloaded"
     retryable = True
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class UnavailableError(ThalwegError):

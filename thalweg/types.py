@@ -99,7 +99,7 @@ class GenerateRequest:
     `tenant` and `cache_salt` separate prefix caches: prompts that differ in either never share. The tenant is the
     server's own word, made of the caller's API key; the salt is the client's, and can only divide a tenant further.
     `cache_hints` are prompt positions at which later prompts are likely to diverge. `rules` hold for the output.
-    Lower `priority` goes first, before all else that is weighed.
+    Lower `priority` goes first, before all else that is weighed. With `announce` the first event is Queued.
     """
 
     request_id: str
@@ -110,6 +110,7 @@ class GenerateRequest:
     cache_hints: tuple[int, ...] = ()
     rules: OutputRules | None = None
     priority: int = 0
+    announce: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,14 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """The request was taken in. `expected_seconds` is an estimate of the time to its first token; None: not known."""
+
+    request_id: str
+    expected_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillProgress:
     """How far the prompt of a request is: positions below `done_tokens` are in the cache."""
 
@@ -200,4 +209,4 @@ class TokenEvent:
     error: ThalwegError | None = None
 
 
-Event = PrefillProgress | TokenEvent
+Event = Queued | PrefillProgress | TokenEvent

@@ -45,6 +45,9 @@ def test_few_options() -> None:
         ({"threads": 0}, "threads", "least allowed value 1"),
         ({"max_model_len": -5}, "max_model_len", "least allowed value 1"),
         ({"max_waiting": 0}, "max_waiting", "least allowed value 1"),
+        ({"max_queue_seconds": 0}, "max_queue_seconds", "not above 0"),
+        ({"max_queue_seconds": "nan"}, "max_queue_seconds", "not above 0"),
+        ({"max_queue_seconds": "soon"}, "max_queue_seconds", "not a number"),
         ({"kv_cache_memory": 0}, "kv_cache_memory", "least allowed value 1"),
         ({"kv_cache_memory": True}, "kv_cache_memory", "4GiB"),
         ({"kv_cache_memory": -1}, "kv_cache_memory", "4GiB"),
@@ -89,7 +92,7 @@ def test_every_option_can_be_set_in_every_place(tmp_path: Path) -> None:
         "max_model_len": 99, "max_num_seqs": 3, "max_num_batched_tokens": 77,
         "kv_cache_memory": 2**30, "enable_prefix_caching": False, "checkpoint_interval": 0, "chat_encoding": "later",
         "max_waiting": 5, "threads": 1, "window_policy": "interval:4096", "kv_host_memory": 2**20, "kv_disk_dir": "d",
-        "kv_disk_space": 2**25, "shadow_rate": 0.25,
+        "kv_disk_space": 2**25, "shadow_rate": 0.25, "max_queue_seconds": 2.5,
     }  # fmt: skip
     wanted = EngineOptions(**given)
     assert set(given) == set(EngineOptions.__dataclass_fields__)

@@ -196,3 +196,22 @@ def test_pace_knows_nothing_at_first() -> None:
     assert pace.prompt_tokens(long=False) is None
     pace.observe(2, 100, 0.02)  # decodes joined a prompt that is known: the rest is theirs
     assert pace.prompt_tokens(long=False) is not None
+
+
+def test_what_is_expected_is_about_what_comes() -> None:
+    """Alone, behind a shorter one, beside a longer one and beside decodes; nothing is known before the first prompt."""
+    world = World()
+    assert world.scheduler.expected_seconds(world.add("first", 2000).sequence) is None
+    world.run(world.over)
+    for others in ((), ((600, 2),), ((9000, 2),), ((20, 2000), (9000, 2))):
+        world = World()
+        world.add("first", 4000)
+        world.run(world.over)
+        for number, (prompt, output) in enumerate(others):
+            world.add(f"other {number}", prompt, output)
+        for _ in range(6 if others else 0):
+            world.step()
+        own = world.add("own", 3000)
+        expected = world.scheduler.expected_seconds(own.sequence)
+        world.run(lambda own=own: bool(own.tokens))
+        assert expected is not None and own.ttft / 2 <= expected <= 2 * own.ttft, others

@@ -70,6 +70,9 @@ Encoding = Annotated[
     str | None, _option("--chat-encoding", help="preview or later: the checkpoint's chat encoder revision.")
 ]
 MaxWaiting = Annotated[int | None, _option("--max-waiting", help="Open requests before 429.")]
+MaxQueueSeconds = Annotated[
+    float | None, _option("--max-queue-seconds", help="Expected seconds to the first token before 429.")
+]
 Threads = Annotated[int | None, _option("--threads", help="CPU threads of one operation.")]
 
 

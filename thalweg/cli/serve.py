@@ -62,6 +62,7 @@ def serve(
     shadow_rate: flags.ShadowRate = None,
     chat_encoding: flags.Encoding = None,
     max_waiting: flags.MaxWaiting = None,
+    max_queue_seconds: flags.MaxQueueSeconds = None,
     threads: flags.Threads = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI chat completions and completions, /health, /metrics."""

@@ -48,6 +48,7 @@ class EngineOptions:
     shadow_rate: float = 0.0  # share of hits that is computed again cold in idle time and compared
     chat_encoding: str = "preview"  # preview or later: the revision of the chat encoder the checkpoint was trained with
     max_waiting: int = 1024  # requests queued before 429
+    max_queue_seconds: float | None = None  # expected seconds to the first token before 429; None: any
     threads: int | None = None  # intra-op threads
 
 
@@ -75,7 +76,7 @@ def _typed(name: str, value: Any) -> Any:
             return int(str(value))  # by its text: 3.5 and true are no whole numbers
         except ValueError:
             raise ConfigError(f"{name}: {value!r} is not a whole number", param=name) from None
-    if declared == "float":
+    if declared.startswith("float") and value is not None:
         try:
             return float(str(value))
         except ValueError:
@@ -103,6 +104,8 @@ def _check(options: EngineOptions) -> None:
         raise ConfigError(f"checkpoint_interval: {options.checkpoint_interval} is below 0", param="checkpoint_interval")
     if options.kv_disk_dir == "":
         raise ConfigError("kv_disk_dir: an empty name; leave the option out for no disk tier", param="kv_disk_dir")
+    if options.max_queue_seconds is not None and not options.max_queue_seconds > 0:
+        raise ConfigError(f"max_queue_seconds: {options.max_queue_seconds} is not above 0", param="max_queue_seconds")
     if not 0 <= options.shadow_rate <= 1:
         raise ConfigError(f"shadow_rate: {options.shadow_rate} is not between 0 and 1", param="shadow_rate")
     split_window_policy(options.window_policy)

@@ -31,7 +31,16 @@ from thalweg.errors import (
 )
 from thalweg.memory.tier import TierUsage
 from thalweg.metrics.prometheus import TierGauges
-from thalweg.types import FinishReason, GenerateRequest, PrefillProgress, SampledToken, Timeline, TokenEvent
+from thalweg.types import (
+    Event,
+    FinishReason,
+    GenerateRequest,
+    PrefillProgress,
+    Queued,
+    SampledToken,
+    Timeline,
+    TokenEvent,
+)
 
 _log = logging.getLogger("thalweg.engine")
 _STATUS_SECONDS = 0.02  # between two snapshots while requests run: one takes as long as a layer of a small model
@@ -46,6 +55,7 @@ class EngineLimits:
     vocab_size: int
     max_waiting: int
     eos_token_ids: tuple[int, ...]
+    max_queue_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +268,16 @@ class Engine:
                 self._scheduler.waiting.remove(shadow)
             self._shadow.gave_way()
         self._scheduler.add(sequence)
+        expected, limit = self._scheduler.expected_seconds(sequence), self.limits.max_queue_seconds
+        if limit is not None and expected is not None and expected > limit:
+            self._scheduler.waiting.remove(sequence)
+            error = OverloadedError(
+                f"the first token is expected after {expected:.1f} s; max_queue_seconds is {limit:g}",
+                retry_after_seconds=expected - limit,
+            )
+            self._finish_event(sequence, FinishReason.ERROR, (), error)
+        elif sequence.request.announce:
+            self._send(sequence, Queued(sequence.request_id, expected))
 
     def _step(self) -> None:
         scheduler = self._scheduler
@@ -372,7 +392,7 @@ class Engine:
         self._status = self._snapshot()
         self._send(sequence, TokenEvent(sequence.request_id, tokens, sequence.usage(), finish, error))
 
-    def _send(self, sequence: Sequence, event: PrefillProgress | TokenEvent) -> None:
+    def _send(self, sequence: Sequence, event: Event) -> None:
         try:
             sequence.listener(event)
         except Exception:  # a listener's own fault must not take the others down

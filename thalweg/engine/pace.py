@@ -1,4 +1,5 @@
-"""How many prompt tokens a step may compute beside running decodes, so that these keep a share of their speed.
+"""How fast steps are: how many prompt tokens one may compute beside running decodes, so that these keep a share of
+their speed, and how long a prompt will take.
 
 Steps are timed by the engine; here is arithmetic alone. Time that a step spends on prompts is taken from a credit that
 all steps with decodes pay into. Prompts of much work leave half of the credit to short ones, which may then be computed
@@ -21,15 +22,18 @@ class Pace:
         self._decode_seconds: float | None = None  # of a step with decodes alone
         self._token_seconds: float | None = None  # of a prompt token
         self._credit = 0.0  # seconds
+        self._by_depth: dict[int, float] = {}  # of a prompt token, by the binary logarithm of where it was computed
 
-    def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
-        """A step with so many decodes and prompt tokens took so long."""
+    def observe(self, decodes: int, prompt_tokens: int, seconds: float, depth: int = 0) -> None:
+        """A step with so many decodes and prompt tokens, the deepest of them at `depth`, took so long."""
         if decodes and not prompt_tokens:
             self._decode_seconds = _averaged(self._decode_seconds, seconds)
         decode_seconds = self._decodes_of(prompt_tokens, seconds) if decodes else 0.0
         prompt_seconds = max(0.0, seconds - decode_seconds)
         if prompt_tokens >= QUANTUM:
             self._token_seconds = _averaged(self._token_seconds, prompt_seconds / prompt_tokens)
+            place = depth.bit_length()
+            self._by_depth[place] = _averaged(self._by_depth.get(place), prompt_seconds / prompt_tokens)
         if decodes:
             earned = (1 - self._share) * seconds - prompt_seconds
             self._credit = min(self._full, max(-self._full, self._credit + earned))
@@ -49,6 +53,26 @@ class Pace:
         if tokens < QUANTUM:
             return QUANTUM if self._credit >= self._full else 0
         return tokens
+
+    def prompt_seconds(self, start: int, end: int) -> float | None:
+        """How long the tokens [start, end) of a prompt take with nothing beside them; None while nothing is known.
+
+        Deeper than any prompt so far a token is taken to cost what the deepest did, which is too little.
+        """
+        if not self._by_depth:
+            return None
+        total, known = 0.0, sorted(self._by_depth)
+        while start < end:
+            place = start.bit_length()
+            nearest = max((p for p in known if p <= place), default=known[0])
+            stop = min(end, 1 << place)
+            total += (stop - start) * self._by_depth[nearest]
+            start = stop
+        return total
+
+    def beside_decodes(self, seconds: float) -> float:
+        """How long work on prompts takes while answers are being produced: what credit does not pay takes longer."""
+        return max(seconds, (seconds - self._credit) / (1 - self._share))
 
     @property
     def _full(self) -> float:

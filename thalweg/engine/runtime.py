@@ -126,7 +126,9 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     scheduler = Scheduler(tiering, limits, namespaces(checkpoint, numerics, policy, kernel_set))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos))
-    engine_limits = EngineLimits(max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos)
+    engine_limits = EngineLimits(
+        max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos, options.max_queue_seconds
+    )
     name = options.served_model_name or ("thalweg-tiny" if options.model == "default" else directory.resolve().name)
     return Runtime(
         engine=Engine(scheduler, runner, engine_limits, shadow=Shadow(options.shadow_rate, random.random)),

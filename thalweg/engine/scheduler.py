@@ -73,7 +73,30 @@ class Scheduler:
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """How long a step took."""
-        self._pace.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, seconds)
+        depth = max((s.end for s in plan.sequences if s.tokens > 1), default=0)
+        self._pace.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, seconds, depth)
+
+    def expected_seconds(self, sequence: Sequence) -> float | None:
+        """How long a queued request will wait for its first token, about; None while no prompt was computed yet.
+
+        Its own uncached work, that of others which go first, the part of the oldest longer one, and what decodes keep.
+        That a slot or room must become free first is not in it.
+        """
+        own = self._pace.prompt_seconds(len(sequence) - sequence.uncached_tokens, len(sequence))
+        if own is None:
+            return None
+        rank, longer = self._rank(sequence, sequence.uncached_tokens), False
+        ahead = 0.0
+        spans = [(s, len(s) - s.uncached_tokens) for s in self.waiting if s is not sequence]
+        spans += [(r.sequence, r.cache.computed_tokens) for r in self.running if r.remaining_tokens > 1]
+        for other, start in spans:
+            if self._rank(other, len(other) - start) <= rank:
+                ahead += self._pace.prompt_seconds(start, len(other)) or 0.0
+            else:
+                longer = True
+        seconds = (own + ahead) / (0.75 if longer else 1.0)
+        decodes = any(r.remaining_tokens == 1 for r in self.running)
+        return self._pace.beside_decodes(seconds) if decodes else seconds
 
     def _prompt_shares(self, decodes: int) -> list[tuple[Running, int]]:
         prompts = [r for r in self.running if r.remaining_tokens > 1]

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from thalweg.errors import RequestError, nearest
 from thalweg.server.access import caller_of
 from thalweg.server.cache_report import CacheReporting
-from thalweg.server.choices import close_all, collected, final_usages, merged
+from thalweg.server.choices import close_all, collected, expectations, final_usages, merged
 from thalweg.server.ending import Ending, ending_of, reader_of
 from thalweg.server.generation import Generation, Piece
 from thalweg.server.output_rules import OutputWishes, offered_tools, read_output_format, read_tool_choice
@@ -50,6 +50,7 @@ class Conversation:
     prompt: ChatPrompt
     generations: list[Generation]
     reporting: CacheReporting
+    headers: dict[str, str]  # of any response
 
 
 async def chat_completions(service: Service, body: ChatBody, request: Request) -> Response:
@@ -59,9 +60,10 @@ async def chat_completions(service: Service, body: ChatBody, request: Request) -
     answer = _Answer(service, body, response_id, conversation)
     generations = conversation.generations
     if body.stream:
-        return EventStream(answer.stream(), lambda: close_all(generations))
+        return EventStream(answer.stream(), lambda: close_all(generations), headers=conversation.headers)
     pieces = await collected(request, generations)
-    return JSONResponse(answer.whole(pieces), headers=conversation.reporting.headers(final_usages(pieces)))
+    headers = conversation.headers | conversation.reporting.headers(final_usages(pieces))
+    return JSONResponse(answer.whole(pieces), headers=headers)
 
 
 async def start_conversation(service: Service, body: ChatBody, request: Request, response_id: str) -> Conversation:
@@ -90,7 +92,7 @@ async def start_conversation(service: Service, body: ChatBody, request: Request,
     except BaseException:
         close_all(generations)
         raise
-    return Conversation(encoded, generations, reporting)
+    return Conversation(encoded, generations, reporting, await expectations(generations))
 
 
 def output_wishes(body: ChatBody) -> OutputWishes:

@@ -38,6 +38,20 @@ async def merged(generations: list[Generation]) -> AsyncGenerator[tuple[int, Pie
         close_all(generations)
 
 
+PATIENCE_SECONDS = 1.0  # headers wait so long for the engine to take a request in
+
+
+async def expectations(generations: list[Generation]) -> dict[str, str]:
+    """The header that says when the first token is expected, once all are taken in. Raises what refused one."""
+    try:
+        await asyncio.gather(*(generation.taken_in(PATIENCE_SECONDS) for generation in generations))
+    except BaseException:
+        close_all(generations)
+        raise
+    expected = [g.expected_seconds for g in generations if g.expected_seconds is not None]
+    return {"X-Thalweg-Expected-TTFT-Seconds": f"{max(expected):.3f}"} if expected else {}
+
+
 def close_all(generations: Iterable[Generation]) -> None:
     """End what the engine still works on."""
     for generation in generations:

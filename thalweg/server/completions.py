@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from thalweg.errors import RequestError
 from thalweg.server.access import caller_of
 from thalweg.server.cache_report import CacheReporting
-from thalweg.server.choices import close_all, collected, final_usages, merged
+from thalweg.server.choices import close_all, collected, expectations, final_usages, merged
 from thalweg.server.generation import Generation, Piece, PlainReader
 from thalweg.server.schemas import CompletionBody
 from thalweg.server.service import CacheSpace, Prompt, Service, new_id
@@ -50,10 +50,11 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
         close_all(generations)
         raise
     answer = _Answer(service, body, generations, count, reporting)
+    headers = await expectations(generations)
     if body.stream:
-        return EventStream(answer.stream(), lambda: close_all(generations))
+        return EventStream(answer.stream(), lambda: close_all(generations), headers=headers)
     pieces = await collected(request, generations)
-    return JSONResponse(answer.whole(pieces), headers=reporting.headers(final_usages(pieces)))
+    return JSONResponse(answer.whole(pieces), headers=headers | reporting.headers(final_usages(pieces)))
 
 
 def _given(body: CompletionBody) -> list[str | list[int]]:

@@ -18,6 +18,7 @@ from thalweg.types import (
     FinishReason,
     GenerateRequest,
     PrefillProgress,
+    Queued,
     SampledToken,
     TokenEvent,
     Usage,
@@ -98,7 +99,9 @@ class Generation:
         self._produced = 0
         self._stop = StopMatcher(stops, lambda: self._produced >= request.sampling.min_tokens)
         self._ended = False
+        self.expected_seconds: float | None = None  # to the first token, as it was estimated when the engine took it in
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._early: list[Event] = []  # an event that came while another was waited for
         loop = asyncio.get_running_loop()
         engine.submit(request, lambda event: _pass_on(loop, self._events, event))
 
@@ -106,6 +109,19 @@ class Generation:
     def stop_string(self) -> str | None:
         """The stop string that ended the content, if one did."""
         return self._stop.matched
+
+    async def taken_in(self, patience: float) -> None:
+        """Wait until the engine has taken the request in, or so many seconds. Raises what it was refused with."""
+        try:
+            event = await asyncio.wait_for(self._events.get(), patience)
+        except TimeoutError:  # in the middle of a long step: whatever comes is told in the stream
+            return
+        if isinstance(event, Queued):
+            self.expected_seconds = event.expected_seconds
+        elif isinstance(event, TokenEvent) and event.error is not None:
+            self._piece(event)
+        else:
+            self._early.append(event)
 
     def close(self) -> None:
         """Stop the engine's work on this request if it is not over: nobody waits for it any more."""
@@ -117,11 +133,13 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces until one has `finish`. Raises the request's ThalwegError if the engine failed it."""
         while not self._ended:
-            event = await self._events.get()
+            event = self._early.pop() if self._early else await self._events.get()
+            if isinstance(event, Queued):  # nobody waited for it, or not long enough
+                event = await self._events.get()
             if isinstance(event, PrefillProgress):
                 self._record.progressed(event)
                 yield Piece((), (), None, progress=event)
-            else:
+            elif isinstance(event, TokenEvent):
                 yield self._piece(event)
 
     def _piece(self, event: TokenEvent) -> Piece:

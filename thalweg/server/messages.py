@@ -41,7 +41,7 @@ async def messages(service: Service, body: MessagesBody, request: Request) -> Re
     with origin.in_errors():
         conversation = await start_conversation(service, chat_body, request, message_id)
     writer = MessageWriter(message_id, service.runtime.model_name, conversation, omits_thinking=body.omits_thinking)
-    headers = {"request-id": new_id("req")}
+    headers = {"request-id": new_id("req"), **conversation.headers}
     if body.stream:
         generations = conversation.generations
         return EventStream(_stream(conversation, writer), lambda: close_all(generations), MESSAGE_EVENTS, headers)

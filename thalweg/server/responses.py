@@ -44,11 +44,13 @@ async def responses(service: Service, body: ResponsesBody, request: Request) -> 
             error=lambda error: event_line(writer.failed(error)),
             pulse=lambda: event_line(writer.in_progress()),
         )
-        return EventStream(_stream(conversation, writer), lambda: close_all(generations), form)
+        return EventStream(_stream(conversation, writer), lambda: close_all(generations), form, conversation.headers)
     (pieces,) = await collected(request, generations)
     for piece in pieces:
         writer.push(piece)
-    return JSONResponse(writer.response(), headers=conversation.reporting.headers(final_usages([pieces])))
+    return JSONResponse(
+        writer.response(), headers=conversation.headers | conversation.reporting.headers(final_usages([pieces]))
+    )
 
 
 async def _stream(conversation: Conversation, writer: ResponseWriter) -> AsyncGenerator[Message, None]:

@@ -114,6 +114,7 @@ class Service:
             cache_hints=prompt.hints,
             rules=rules,
             priority=prompt.priority,
+            announce=True,
         )
         if caller.tenant not in self._watches:
             self._watches[caller.tenant] = RepeatWatch(caller.name, self.runtime.model_config.unit_tokens)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from thalweg.errors import ThalwegError
+from thalweg.errors import OverloadedError, ThalwegError
 
 MESSAGES_PATHS = ("/v1/messages", "/anthropic/")
 _ANTHROPIC_TYPES: Mapping[int, str] = {
@@ -35,7 +36,8 @@ def anthropic_error(error: ThalwegError, status: int | None = None) -> dict[str,
 def error_response(error: ThalwegError, path: str, status: int | None = None) -> JSONResponse:
     """The response to a request of `path`. `status` is the error's own where it is left out."""
     status = error.status if status is None else status
-    headers = {"Retry-After": "1"} if error.retryable else None
+    after = error.retry_after_seconds if isinstance(error, OverloadedError) else None
+    headers = {"Retry-After": str(math.ceil(after or 1))} if error.retryable else None
     anthropic = path.startswith(MESSAGES_PATHS)
     fields = anthropic_error(error, status) if anthropic else {"error": error_fields(error)}
     return JSONResponse(fields, status_code=status, headers=headers)
