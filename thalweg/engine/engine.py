@@ -20,6 +20,7 @@ from thalweg.engine.request import Listener, Running, Sequence
 from thalweg.engine.runner import Runner
 from thalweg.engine.scheduler import Scheduler
 from thalweg.engine.shadow import Shadow
+from thalweg.engine.watchdog import Watchdog
 from thalweg.errors import (
     CancelledError,
     ContextLengthError,
@@ -88,6 +89,7 @@ class Engine:
         *,
         shadow: Shadow | None = None,
         clock: Callable[[], float] = time.monotonic,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.limits = limits
         self._shadow = shadow or Shadow(0.0, lambda: 1.0)
@@ -95,6 +97,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._clock = clock
+        self._watchdog = watchdog or Watchdog()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._open: dict[str, Sequence] = {}  # guarded by _wake
@@ -110,6 +113,7 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+        self._watchdog.start()
 
     def close(self) -> None:
         """Stop the thread after the step under way; every open request ends with UnavailableError. What is on its way
@@ -119,7 +123,12 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._watchdog.stop()
         self._scheduler.tiering.close()
+
+    def stalled_seconds(self) -> float:
+        """How long the step under way has taken, if that is longer than any should; else 0. By any thread."""
+        return self._watchdog.stalled_seconds()
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """Queue a request. Raises RequestError, ContextLengthError, OverloadedError or UnavailableError at once."""
@@ -294,6 +303,7 @@ class Engine:
                 self._refuse_head()
             return
         begin = self._clock()
+        self._watchdog.begin(plan)
         try:
             result = self._runner.run(plan)
         except Exception as error:
@@ -302,6 +312,8 @@ class Engine:
             for item in plan.sequences:
                 self._end(item.running, FinishReason.ERROR, (), EngineError(f"the step failed: {error}"))
             return
+        finally:
+            self._watchdog.end()
         self._scheduler.commit(plan)
         self._counters["steps"] += 1
         self._counters["step_tokens"] += plan.tokens

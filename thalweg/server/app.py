@@ -204,10 +204,12 @@ def _add_operations(app: FastAPI, service: Service) -> None:
 
     @app.get("/health/ready")
     async def ready() -> dict[str, str]:
-        """Whether requests would be served now: 503 before the engine runs and once it stops."""
+        """Whether requests would be served now: 503 before the engine runs, once it stops, and while a step hangs."""
         status = runtime.engine.status()
         if not status.healthy:
             raise UnavailableError(status.failure or "the engine is not running")
+        if stalled := runtime.engine.stalled_seconds():
+            raise UnavailableError(f"a step has taken {stalled:.0f} s; the log says where")
         return {"status": "ready"}
 
     @app.get("/version")
