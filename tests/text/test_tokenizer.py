@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import deepseek_recipe
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,3 +156,35 @@ def test_a_vocabulary_in_which_text_reaches_a_control_id_is_refused(tmp_path: Pa
     (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(ConfigError, match="must keep them apart"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["official", "embedded"])
+def test_long_texts_cut_at_lines_have_the_ids_of_the_whole(which: str, request: pytest.FixtureRequest) -> None:
+    """Ids of pieces that several processors encode are those of the text in one piece, whatever stands at the cuts."""
+    tokenizer: Tokenizer = request.getfixturevalue(which)
+    random = np.random.default_rng(5)
+    words = [
+        "a",
+        "Zed 7",
+        "1234",
+        "...",
+        "!?\n",
+        " x",
+        "  ",
+        "\t",
+        "\r\n",
+        "é",
+        "文字",
+        "🙂",
+        "e\u0301",
+        "\n\n",
+        "$$",
+        "\n",
+        "\n ",
+    ]
+    text = "".join(words[i] for i in random.integers(0, len(words), 300_000))
+    assert tokenizer._cuts_lines and len(tokenizer._pieces(text)) > 3
+    assert "".join(tokenizer._pieces(text)) == text
+    whole = tokenizer._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    assert tokenizer.encode_texts([text, "short", ""]) == [whole, tokenizer.encode_text("short"), []]
+    assert tokenizer._pieces("x" * 500_000) == ["x" * 500_000], "nowhere to cut"
