@@ -1,9 +1,9 @@
 """Temporary memory of steps by depth: `python -m benchmarks.workspace OUT.jsonl [--tokens N] [--at N ...]`.
 
-One cold prompt is computed on the embedded model. Around every step the kernel's own mark of the process's largest
-resident size is reset and read: what a step added to what was resident before it is its workspace, whoever allocated
-it, with the cache rows that it wrote for the first time. Freed memory is given back before each step, so that none of
-it is used unseen.
+One cold prompt is computed on the embedded model, and the bytes that torch allocates in each step are counted, freed or
+not: an upper bound of what is there at a time. Room that compiled kernels take for themselves is bounded by tiles and
+not in it. Beside it stands what the step added to the largest resident size of the process, from the kernel's own
+mark, which is reset before each step: coarse, for freed memory is used again unseen.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import json
 import re
 import subprocess
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from thalweg.cli.demo import machine_facts
 from thalweg.config.options import load_options
@@ -36,25 +40,58 @@ def _status(field: str) -> int:
     return int(found.group(1)) * 1024
 
 
+class Allocated(TorchDispatchMode):
+    """Bytes of all storages that operations made, freed ones included, and of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                size = x.untyped_storage().nbytes()
+                self.total, self.largest = self.total + size, max(self.largest, size)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """What one step allocated. `end` is the position behind its last token."""
+
+    end: int
+    total_bytes: int
+    largest_bytes: int
+    resident_bytes: int
+
+
 class Watched:
-    """A runner beside which the memory of each step is noted: (last token, bytes)."""
+    """A runner beside which the memory of each step is noted."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._trim = ctypes.CDLL(None).malloc_trim
-        self.steps: list[tuple[int, int]] = []
+        self.steps: list[StepMemory] = []
 
     def run(self, plan: StepPlan) -> StepResult:
         self._trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        result = self._runner.run(plan)
-        self.steps.append((plan.sequences[0].end, _status("VmHWM") - before))
+        with Allocated() as allocated:
+            result = self._runner.run(plan)
+        end = plan.sequences[0].end
+        self.steps.append(StepMemory(end, allocated.total, allocated.largest, _status("VmHWM") - before))
         return result
 
-    def bytes_at(self, depth: int) -> float:
-        """Median of the full steps that end last at or before a depth."""
-        return median([size for end, size in self.steps if end <= depth][-_STEPS:])
+    def at(self, depth: int) -> dict[str, float]:
+        """Medians of the last steps that end at or before a depth."""
+        steps = [step for step in self.steps if step.end <= depth][-_STEPS:]
+        return {
+            name: median(getattr(step, name) for step in steps)
+            for name in ("total_bytes", "largest_bytes", "resident_bytes")
+        }
 
 
 def measure(tokens: int, flags: dict[str, Any]) -> Watched:
@@ -80,17 +117,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=1_048_000)
-    parser.add_argument("--at", type=int, nargs="+", default=[65_536, 262_144, 1_048_000])
+    parser.add_argument("--at", type=int, nargs="+", default=[65_536, 262_144, 1_040_000])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     watched = measure(options.tokens, {"threads": options.threads, "kv_cache_memory": "1GiB"})
-    sizes = {str(depth): watched.bytes_at(depth) for depth in options.at}
+    sizes = {str(depth): watched.at(depth) for depth in options.at}
     facts = {
         "commit": commit.stdout.strip(),
         "threads": options.threads,
-        "workspace_bytes_at": sizes,
-        "ratio": sizes[str(options.at[-1])] / sizes[str(options.at[0])],
+        "workspace_at": sizes,
+        "ratio": sizes[str(options.at[-1])]["total_bytes"] / sizes[str(options.at[0])]["total_bytes"],
     }
     with options.out.open("a") as file:
         file.write(json.dumps(facts | machine_facts()) + "\n")
