@@ -274,9 +274,11 @@ def test_reset_prefix_cache(http: httpx.Client) -> None:
     assert http.post(CHAT, json=body).json()["usage"]["prompt_cache_hit_tokens"] == 0
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_the_server_within_seconds_even_while_it_computes(sent: signal.Signals) -> None:
-    server = start()
+@pytest.mark.parametrize(("sent", "flags"), [(signal.SIGTERM, ("--shutdown-timeout", "0")), (signal.SIGINT, ())])
+def test_signals_end_the_server_within_seconds_even_while_it_computes(
+    sent: signal.Signals, flags: tuple[str, ...]
+) -> None:
+    server = start(*flags)
     body = json.dumps({"messages": [{"role": "user", "content": long_text(60_000)}], "stream": True})
     with (
         httpx.Client(base_url=server.url) as client,
@@ -288,6 +290,25 @@ def test_signals_end_the_server_within_seconds_even_while_it_computes(sent: sign
         server.process.send_signal(sent)
         server.process.wait(10)
         assert time.monotonic() - begin < 4
+    assert "Traceback" not in server.process.stderr.read()
+
+
+def test_sigterm_lets_answers_end_and_takes_nobody_in() -> None:
+    server = start()
+    body = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=server.url, timeout=60) as client, client.stream("POST", CHAT, json=body) as response:
+        lines = response.iter_lines()
+        assert any('"content"' in line for line in lines)
+        server.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=server.url, timeout=10) as other:
+            while other.get("/health/ready").status_code != 503:
+                time.sleep(0.01)
+            refused = other.post(CHAT, json=body | {"stream": False})
+            assert refused.status_code == 503 and refused.headers["retry-after"] and "stopping" in refused.text
+            assert other.get("/health").status_code == 200
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] and any('"finish_reason":"length"' in line for line in rest)
+    assert server.process.wait(10) in (0, -signal.SIGTERM)
     assert "Traceback" not in server.process.stderr.read()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 import threading
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 3  # a step under way ends first, then every open request is told
 _LENGTHS = (8 * 1024, 64 * 1024, 256 * 1024, 1024 * 1024)
 
+LogRequests = Annotated[
+    bool,
+    typer.Option(
+        "--enable-log-requests/--no-enable-log-requests",
+        "--log-requests/--disable-log-requests",
+        help="One JSON line per finished request on stderr.",
+    ),
+]
+ShutdownTimeout = Annotated[
+    float, typer.Option(min=0, help="Seconds that SIGTERM leaves open requests to end; new ones get a 503.")
+]
+
 
 def serve(
     model: flags.Model = None,
@@ -32,14 +45,8 @@ def serve(
     api_keys_file: Annotated[
         Path | None, typer.Option(show_default=False, help="TOML file with a table [keys] of name = key.")
     ] = None,
-    enable_log_requests: Annotated[
-        bool,
-        typer.Option(
-            "--enable-log-requests/--no-enable-log-requests",
-            "--log-requests/--disable-log-requests",
-            help="One JSON line per finished request on stderr.",
-        ),
-    ] = True,
+    enable_log_requests: LogRequests = True,
+    shutdown_timeout: ShutdownTimeout = 30,
     config: flags.ConfigFile = None,
     served_model_name: flags.ServedName = None,
     device: flags.Device = None,
@@ -81,10 +88,10 @@ def serve(
     if enable_log_requests:
         write_request_log(sys.stderr.fileno())
     print(f"API keys of: {', '.join(keys.names)}" if keys.names else "no API key is needed")
-    _run(runtime, keys, listener)
+    _run(runtime, keys, listener, shutdown_timeout)
 
 
-def _run(runtime: Runtime, keys: ApiKeys, listener: socket.socket) -> None:
+def _run(runtime: Runtime, keys: ApiKeys, listener: socket.socket, drain_seconds: float) -> None:
     """Answer requests until a signal comes."""
     import uvicorn
 
@@ -94,10 +101,18 @@ def _run(runtime: Runtime, keys: ApiKeys, listener: socket.socket) -> None:
     app = create_app(Service(runtime), keys)
 
     class Server(uvicorn.Server):
-        """Ends the engine as soon as a signal comes: open streams then end with an error instead of being cut."""
+        """SIGTERM drains; another signal, or SIGINT, ends the engine as soon as the step under way is over. Then open
+        streams end with an error instead of being cut."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            threading.Thread(target=runtime.engine.close).start()
+            if sig == signal.SIGTERM and not runtime.engine.draining:
+                threading.Thread(target=self._drain, args=(sig, frame)).start()
+            else:
+                threading.Thread(target=runtime.engine.close).start()
+                super().handle_exit(sig, frame)
+
+        def _drain(self, sig: int, frame: FrameType | None) -> None:
+            runtime.engine.drain(drain_seconds)
             super().handle_exit(sig, frame)
 
     server = Server(

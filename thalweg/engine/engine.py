@@ -102,6 +102,7 @@ class Engine:
         self._wake = threading.Condition()
         self._open: dict[str, Sequence] = {}  # guarded by _wake
         self._closing = False
+        self._draining = False
         self._stuck = False  # nothing can be planned before a copy is over
         self._failure: str | None = None
         scheduler.tiering.connect(self._post)
@@ -115,12 +116,23 @@ class Engine:
         self._thread.start()
         self._watchdog.start()
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def drain(self, seconds: float) -> None:
+        """Take nobody in any more, let open requests end for so long, then close."""
+        with self._wake:
+            self._draining = True
+            self._wake.wait_for(lambda: self._closing or not self._open, timeout=seconds)
+        self.close()
+
     def close(self) -> None:
         """Stop the thread after the step under way; every open request ends with UnavailableError. What is on its way
         to a lower tier still gets there."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
         self._watchdog.stop()
@@ -139,20 +151,22 @@ class Engine:
         with self._wake:
             if self._closing or not self._thread.is_alive():
                 raise UnavailableError("the engine is not running")
+            if self._draining:
+                raise UnavailableError("the server is stopping: what runs is finished, nothing new is taken in")
             if request.request_id in self._open:
                 raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
             if len(self._open) >= self.limits.max_waiting:
                 raise OverloadedError(f"{len(self._open)} requests are open; max_waiting is {self.limits.max_waiting}")
             self._open[request.request_id] = sequence
             self._inbox.append(lambda: self._take(sequence))
-            self._wake.notify()
+            self._wake.notify_all()
 
     def cancel(self, request_id: str) -> None:
         """End a request before its next step; unknown or finished ids are ignored."""
         with self._wake:
             if request_id in self._open:
                 self._inbox.append(lambda: self._cancel(request_id))
-                self._wake.notify()
+                self._wake.notify_all()
 
     def reset_prefix_cache(self, tiers: frozenset[str] | None = None) -> int:
         """Forget what is cached in these tiers (`device`, `host`, `disk`; all if None), between two steps.
@@ -170,7 +184,7 @@ class Engine:
             if self._closing or not self._thread.is_alive():
                 raise UnavailableError("the engine is not running")
             self._inbox.append(reset)
-            self._wake.notify()
+            self._wake.notify_all()
         done.wait()
         return forgotten[0]
 
@@ -182,7 +196,7 @@ class Engine:
         """Run an action on the engine thread, between two steps."""
         with self._wake:
             self._inbox.append(action)
-            self._wake.notify()
+            self._wake.notify_all()
 
     def status(self) -> EngineStatus:
         return self._status
@@ -400,6 +414,7 @@ class Engine:
             self._shadow.consider(sequence, finish)
             with self._wake:
                 self._open.pop(sequence.request_id, None)
+                self._wake.notify_all()
             self._counters[f"finished_{finish.value}"] += 1
         self._status = self._snapshot()
         self._send(sequence, TokenEvent(sequence.request_id, tokens, sequence.usage(), finish, error))

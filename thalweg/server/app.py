@@ -208,6 +208,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         status = runtime.engine.status()
         if not status.healthy:
             raise UnavailableError(status.failure or "the engine is not running")
+        if runtime.engine.draining:
+            raise UnavailableError("the server is stopping")
         if stalled := runtime.engine.stalled_seconds():
             raise UnavailableError(f"a step has taken {stalled:.0f} s; the log says where")
         return {"status": "ready"}
