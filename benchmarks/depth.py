@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.commit import commit_name
 from benchmarks.million import peak_rss_bytes
 from benchmarks.models import SHAPES, make_model
 from thalweg.cli.demo import machine_facts
@@ -122,12 +122,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kv-cache-memory", default="1GiB")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     flags = {"threads": options.threads, "kernels": options.kernels, "kv_cache_memory": options.kv_cache_memory}
     with tempfile.TemporaryDirectory() as folder, options.out.open("a") as file:
         model = make_model(options.model, Path(folder)) if options.model in SHAPES else options.model
         for number in range(options.runs):
-            facts = {"run": number + 1, "commit": commit.stdout.strip(), "model": options.model, **flags}
+            facts = {"run": number + 1, "commit": commit_name(), "model": options.model, **flags}
             facts |= measure(model, options.tokens, flags) | machine_facts()
             file.write(json.dumps(facts) + "\n")
             file.flush()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.commit import commit_name
 from thalweg.cli.demo import machine_facts, running_server
 from thalweg.evaluation.endpoint import Client
 
@@ -133,10 +133,9 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=200_000)
     parser.add_argument("--pause", type=float, default=0.5, help="seconds between short prompts")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     with options.out.open("a") as file:
         for number in range(options.runs):
-            facts = {"run": number + 1, "commit": commit.stdout.strip()}
+            facts = {"run": number + 1, "commit": commit_name()}
             facts |= run(options.long, number, options.pause) | machine_facts()
             file.write(json.dumps(facts) + "\n")
             file.flush()

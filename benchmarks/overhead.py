@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.commit import commit_name
 from thalweg.cli.demo import machine_facts
 from thalweg.config.options import load_options
 from thalweg.engine.engine import Engine
@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     prompt = np.random.default_rng(1).integers(100, 1900, PROMPT_TOKENS).astype(np.int32)
     real, empty = started(options.threads, empty=False), started(options.threads, empty=True)
     pairs = []
@@ -79,7 +78,7 @@ def main() -> None:
     empty.engine.close()
     whole, overhead = (median(column) for column in zip(*pairs, strict=True))
     facts = {
-        "commit": commit.stdout.strip(),
+        "commit": commit_name(),
         "threads": options.threads,
         "step_seconds": whole,
         "empty_step_seconds": overhead,

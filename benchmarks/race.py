@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.commit import commit_name
 from benchmarks.depth import OUTPUT_TOKENS, Listener
 from benchmarks.million import peak_rss_bytes
 from benchmarks.models import make_model
@@ -95,8 +96,7 @@ def main() -> None:
         "max_num_seqs": 1,
     }
     if options.model is not None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        facts = {"commit": commit.stdout.strip(), **flags, **race(options.model, flags), "best_public": BEST_PUBLIC}
+        facts = {"commit": commit_name(), **flags, **race(options.model, flags), "best_public": BEST_PUBLIC}
         with options.out.open("a") as file:
             file.write(json.dumps(facts | machine_facts()) + "\n")
         print(json.dumps(facts, indent=1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM, DynamicCache
 
+from benchmarks.commit import commit_name
 from benchmarks.depth import OUTPUT_TOKENS, Listener
 from benchmarks.models import make_model
 from thalweg.cli.demo import machine_facts
@@ -79,7 +79,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     with tempfile.TemporaryDirectory() as folder, options.out.open("a") as file:
         model = make_model("small", Path(folder))
         oracle = DeepseekV4ForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
@@ -100,7 +99,7 @@ def main() -> None:
                 "prefill_cpu_ratio": they["cpu_seconds"] / we["cpu_seconds"],
                 "decode_ratio": they["decode_seconds"] / we["decode_seconds"],
                 "same_tokens": same,
-                "commit": commit.stdout.strip(),
+                "commit": commit_name(),
             }
             facts |= {"versions": machine_facts()}
             file.write(json.dumps(facts) + "\n")

@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import json
 import re
-import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.commit import commit_name
 from thalweg.cli.demo import machine_facts
 from thalweg.config.options import load_options
 from thalweg.engine.plan import StepPlan, StepResult
@@ -120,11 +120,10 @@ def main() -> None:
     parser.add_argument("--at", type=int, nargs="+", default=[65_536, 262_144, 1_040_000])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     watched = measure(options.tokens, {"threads": options.threads, "kv_cache_memory": "1GiB"})
     sizes = {str(depth): watched.at(depth) for depth in options.at}
     facts = {
-        "commit": commit.stdout.strip(),
+        "commit": commit_name(),
         "threads": options.threads,
         "workspace_at": sizes,
         "ratio": sizes[str(options.at[-1])]["total_bytes"] / sizes[str(options.at[0])]["total_bytes"],
