@@ -2,7 +2,7 @@
 // The small matrices of LANES tokens are computed at once, a token a lane.
 #include <algorithm>
 
-#include "packed.h"
+#include "few_rows.h"
 #include "streams.h"
 
 using namespace thalweg;
@@ -26,7 +26,7 @@ inline floats sigmoid(floats x) { return 1.0f / (1.0f + exp(-x)); }
 void project(const Streams& in, long first, long tokens, const PackedWeight& fn, float norm_eps, float* z) {
     const long width = in.count * in.hidden, stride = (fn.outputs + PANEL - 1) / PANEL * PANEL;
     float rows[TOKENS * (MOST_GATES + PANEL)];
-    multiply_block(fn, 0, fn.panels(), in.at(first), width, tokens, rows, stride);
+    multiply_rows(fn, 0, fn.panels(), in.at(first), width, tokens, rows, stride);
     std::fill(z, z + TOKENS * fn.outputs, 0.0f);
     for (long t = 0; t < tokens; t++) {
         const float scale = 1.0f / std::sqrt(mean_square(in.at(first + t), width) + norm_eps);

@@ -1,7 +1,7 @@
 // x [rows, depth] times packed weights, one weight or one for each group of columns of x.
 #include <algorithm>
 
-#include "packed.h"
+#include "few_rows.h"
 
 using namespace thalweg;
 
@@ -18,7 +18,7 @@ void multiply(const PackedWeight& weight, const float* x, long x_stride, long ro
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (split)
     for (long task = 0; task < blocks * groups; task++) {
         const long row = task / groups * ROW_BLOCK, panel = task % groups * PANELS_OF_TASK;
-        multiply_block(weight, panel, std::min(panel + PANELS_OF_TASK, weight.panels()), x + row * x_stride, x_stride,
+        multiply_rows(weight, panel, std::min(panel + PANELS_OF_TASK, weight.panels()), x + row * x_stride, x_stride,
                        std::min(ROW_BLOCK, rows - row), out + row * out_stride + panel * PANEL, out_stride);
     }
 }

@@ -35,41 +35,6 @@ inline void multiply_panel(const Element* panel, long depth_from, long depth, co
     for (long r = 0; r < rows; r++) memcpy(out + r * out_stride, whole + r * PANEL, 4 * columns);
 }
 
-constexpr long PANELS_AT_ONCE = 4;
-
-// One row times PANELS_AT_ONCE panels: eight chains run side by side, where one panel's two would wait for each other.
-template <class Element>
-inline void multiply_row(const Element* panels, long depth, const float* x, float* out) {
-    floats low[PANELS_AT_ONCE] = {}, high[PANELS_AT_ONCE] = {};
-    for (long k = 0; k < depth; k++) {
-#pragma GCC unroll 4
-        for (long p = 0; p < PANELS_AT_ONCE; p++) {
-            floats left, right;
-            load_pair(panels + (p * depth + k) * PANEL, left, right);
-            low[p] += x[k] * left;
-            high[p] += x[k] * right;
-        }
-    }
-    for (long p = 0; p < PANELS_AT_ONCE; p++) {
-        store(out + p * PANEL, low[p]);
-        store(out + p * PANEL + LANES, high[p]);
-    }
-}
-
-// One row times the panels [first, last) that are whole, four at a time; the first panel that is left.
-inline long multiply_row(const PackedWeight& weight, long first, long last, const float* x, float* out) {
-    const long whole = std::min(last, weight.outputs / PANEL), begin = first;
-    for (; first + PANELS_AT_ONCE <= whole; first += PANELS_AT_ONCE) {
-        const long at = first * weight.depth * PANEL;
-        float* to = out + (first - begin) * PANEL;
-        if (weight.narrow)
-            multiply_row((const uint16_t*)weight.data + at, weight.depth, x, to);
-        else
-            multiply_row((const float*)weight.data + at, weight.depth, x, to);
-    }
-    return first;
-}
-
 inline void widen(const uint16_t* panel, long depth, float* wide) {
     for (long k = 0; k < depth; k++) {
         floats low, high;
@@ -83,11 +48,6 @@ inline void widen(const uint16_t* panel, long depth, float* wide) {
 inline void multiply_block(const PackedWeight& weight, long first, long last, const float* x, long x_stride, long rows,
                            float* out, long out_stride) {
     float wide[DEPTH_BLOCK * PANEL];
-    if (rows == 1) {
-        const long left = multiply_row(weight, first, last, x, out);
-        out += (left - first) * PANEL;
-        first = left;
-    }
     for (long from = 0; from < weight.depth; from += DEPTH_BLOCK) {
         const long depth = std::min(DEPTH_BLOCK, weight.depth - from);
         for (long panel = first; panel < last; panel++) {
