@@ -82,10 +82,11 @@ class Models:
         layout = CacheLayout(shape.kv, shape.index, config.rope_dim)
         plan = plan_cache(groups, layout, budget_bytes=shape.cache_bytes, max_running=shape.max_running)
         numerics = Numerics.serving(torch.float32, shape.kv, shape.index, simulate=shape.simulate_quantization)
-        kernels = select_kernels(device, deterministic=shape.deterministic, wanted=shape.kernels).kernels
-        model = Model(config, dict(self._weights[key]), numerics, kernels)
+        kernels = select_kernels(device, deterministic=shape.deterministic, wanted=shape.kernels)
+        model = Model(config, dict(self._weights[key]), numerics, kernels.kernels)
         builder = BatchBuilder(config, groups, device)
-        return ModelRunner(model, CacheArena(plan, device), builder, sampler or Sampler((EOS,))), plan
+        arena = CacheArena(plan, device)
+        return ModelRunner(model, arena, builder, sampler or Sampler((EOS,)), kernels.repeat), plan
 
 
 class RecordingSampler(Sampler):

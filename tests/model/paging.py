@@ -97,10 +97,11 @@ class PagedSequences:
         new_rows: dict[tuple[int, int], int] = {}
         closed: list[tuple[int, int]] = []
         for sequence, start, ids in pieces:
-            for position in range(start // m * m, start):
+            closes = (start + len(ids)) // m > start // m
+            for position in range(start // m * m, start) if closes else ():
                 places["own", sequence, position] = len(pending)
                 pending.append(self.slot(f"pending_{kind}", sequence, position))
-            for position in range(max(0, start // m * m - m), start) if kind == "csa" else ():
+            for position in range(max(0, start // m * m - m), start) if closes and kind == "csa" else ():
                 places["before", sequence, position] = len(tail)
                 tail.append(self.slot("tail_csa", sequence, position))
             end = start + len(ids)

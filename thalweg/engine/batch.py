@@ -18,7 +18,7 @@ from torch import Tensor
 from thalweg.cache.geometry import CacheGroupSpec
 from thalweg.config.model import ModelConfig
 from thalweg.engine.plan import SequencePlan, StepPlan
-from thalweg.kernels.arguments import Segments
+from thalweg.kernels.arguments import Ints, Segments
 from thalweg.model.inputs import BlockLists, CompressorInputs, RowWrites, StepInputs
 
 
@@ -67,9 +67,9 @@ class BatchBuilder:
         return StepInputs(
             token_ids=next(tensors),
             positions=next(tensors),
-            segments=Segments(offsets, tuple(item.start for item in items)),
+            segments=Segments(offsets, Ints(item.start for item in items)),
             output_rows=next(tensors),
-            output_segments=Segments(_offsets(int(i.samples) for i in items), tuple(i.end - 1 for i in items)),
+            output_segments=Segments(_offsets(int(i.samples) for i in items), Ints(i.end - 1 for i in items)),
             past_slots=next(tensors),
             past_offsets=_offsets(len(p) for p in past),
             window_writes=RowWrites(next(tensors), next(tensors)),
@@ -178,10 +178,14 @@ class BatchBuilder:
         ratio: int,
         behind: int,
     ) -> None:
-        """The cached slots, then where the tokens of each finished window lie: [E, ratio] into cat(cached rows, new
-        rows). `behind` shifts the window back by so many tokens; -1 stands for tokens before the sequence."""
+        """The cached slots that the finished windows need, then where the tokens of each lie: [E, ratio] into
+        cat(cached rows, new rows). `behind` shifts the window back by so many tokens; -1 stands for tokens before the
+        sequence."""
         begins = [item.running.cache.state_from for item in items]
-        reads = [max(begin, item.start // ratio * ratio - behind) for begin, item in zip(begins, items, strict=True)]
+        reads = [  # of a sequence that finishes no window: nothing
+            max(begin, item.start // ratio * ratio - behind) if _windows(item, ratio) else item.start
+            for begin, item in zip(begins, items, strict=True)
+        ]
         counts = _offsets(max(0, item.start - read) for item, read in zip(items, reads, strict=True))
         numbers.put(
             chain.from_iterable(
@@ -207,5 +211,5 @@ def _windows(item: SequencePlan, ratio: int) -> range:
     return range(first // ratio, max(first, item.end) // ratio)
 
 
-def _offsets(counts: Iterable[int]) -> tuple[int, ...]:
-    return (0, *accumulate(counts))
+def _offsets(counts: Iterable[int]) -> Ints:
+    return Ints((0, *accumulate(counts)))

@@ -10,7 +10,9 @@ from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.sampler import Sampler
 from thalweg.errors import GrammarError
+from thalweg.kernels.ops import MakeRepeat
 from thalweg.memory.arena import CacheArena
+from thalweg.model.repeat import RepeatedModel
 from thalweg.model.transformer import Model
 from thalweg.types import SampledToken
 
@@ -24,15 +26,22 @@ class Runner(Protocol):
 class ModelRunner:
     """The real one: builds the batch, runs the model over the arena, samples."""
 
-    def __init__(self, model: Model, arena: CacheArena, builder: BatchBuilder, sampler: Sampler) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Model,
+        arena: CacheArena,
+        builder: BatchBuilder,
+        sampler: Sampler,
+        repeat: MakeRepeat | None = None,
+    ) -> None:
+        self._model = RepeatedModel(model, arena, repeat and repeat((*model.memory(), *arena.memory())))
         self.arena = arena
         self._builder = builder
         self._sampler = sampler
 
     def run(self, plan: StepPlan) -> StepResult:
         with torch.inference_mode():
-            logits = self._model.forward(self._builder.build(plan), self.arena)
+            logits = self._model.forward(self._builder.build(plan))
             sequences = [item.running.sequence for item in plan.sequences if item.samples]
             sampled = self._sampler.sample(logits, sequences, [s.seed for s in sequences])
         outcomes = list(zip(sequences, sampled, strict=True))

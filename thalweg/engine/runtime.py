@@ -125,7 +125,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
     scheduler = Scheduler(tiering, limits, namespaces(checkpoint, numerics, policy, kernel_set))
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
-    runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos))
+    runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos), kernel_set.repeat)
     engine_limits = EngineLimits(
         max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos, options.max_queue_seconds
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from thalweg.engine.plan import StepPlan
+from thalweg.kernels.cpu.calls import Calls
 
 PATIENCE_SECONDS = 60.0  # a large model's longest step on a slow CPU takes tens of seconds
 _log = logging.getLogger("thalweg.engine")
@@ -74,7 +75,18 @@ class Watchdog:
 def _report(plan: StepPlan, seconds: float, frame: FrameType | None) -> str:
     requests = ", ".join(f"{name} [{start}, {end})" for name, start, end, _ in plan.description())
     stack = traceback.extract_stack(frame) if frame is not None else traceback.StackSummary()
-    kernels = [entry for entry in stack if "/thalweg/kernels/" in entry.filename.replace("\\", "/")]
-    place = f"in kernel {kernels[0].name}" if kernels else f"in {stack[-1].name}" if stack else "in no thread"
+    kernel = _kernel(frame)
+    place = f"in kernel {kernel}" if kernel else f"in {stack[-1].name}" if stack else "in no thread"
     lines = "".join(traceback.format_list(list(stack)))
     return f"a step has taken {seconds:.0f} s and is {place}; it computes {requests}\n{lines}"
+
+
+def _kernel(frame: FrameType | None) -> str | None:
+    """The outermost function of a kernel in the stack; of a repeated step the kernel that its one call is in."""
+    outermost = None
+    while frame is not None:
+        if "/thalweg/kernels/" in frame.f_code.co_filename.replace("\\", "/"):
+            repeat = frame.f_locals.get("self")
+            outermost = (repeat.kernel_under_way() if isinstance(repeat, Calls) else None) or frame.f_code.co_name
+        frame = frame.f_back
+    return outermost

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import Tensor
 
 
+class Ints(tuple[int, ...]):
+    """Whole numbers that Python loops over and compiled kernels read, as int64 at `address` of the host's memory."""
+
+    memory: array[int]
+    address: int
+
+    def __new__(cls, values: Iterable[int]) -> Ints:
+        """`values` themselves if they are Ints already."""
+        if type(values) is cls:
+            return values
+        made = super().__new__(cls, values)
+        made.memory = array("q", made)
+        made.address = made.memory.buffer_info()[0]
+        return made
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Sequences in a flat batch: s owns rows offsets[s] to offsets[s+1]; the first of them is at position starts[s]."""
 
-    offsets: tuple[int, ...]
-    starts: tuple[int, ...]
+    offsets: Ints
+    starts: Ints
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", Ints(self.offsets))
+        object.__setattr__(self, "starts", Ints(self.starts))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -61,8 +83,11 @@ class PagedRows:
 
     rows: StoredRows
     blocks: Tensor
-    offsets: tuple[int, ...]
+    offsets: Ints
     rows_per_block: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", Ints(self.offsets))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +96,10 @@ class PastRows:
 
     rows: StoredRows
     slots: Tensor
-    offsets: tuple[int, ...]
+    offsets: Ints
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", Ints(self.offsets))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ All ops but store_rows and rotate are pure: they return new tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.kernels.arguments import AttentionContext, PagedRows, Segments, StoredRows, Weight
+from thalweg.kernels.arguments import AttentionContext, Ints, PagedRows, Segments, StoredRows, Weight
 
 
 class Pack(Protocol):
@@ -170,6 +171,25 @@ class ReadRows(Protocol):
     """Gather rows of a cache stream: fp32 [..., width] for slots int64 [...]. Only what is gathered is unpacked."""
 
     def __call__(self, stored: StoredRows, slots: Tensor) -> Tensor: ...
+
+
+class Repeat(Protocol):
+    """Computes steps again and again; a backend may note what the first of a shape asked of its kernels.
+
+    run(shape, tensors, ints, compute) is compute(), bit for bit. `shape` has all sizes that `compute` can see, and
+    which tensors are empty; `tensors` and `ints` are all that it reads of this step, always in the same order.
+    """
+
+    def run(
+        self, shape: Hashable, tensors: Sequence[Tensor], ints: Sequence[Ints], compute: Callable[[], Tensor]
+    ) -> Tensor: ...
+
+    def kernel_under_way(self) -> str | None:
+        """The kernel that a repeated step is in, as another thread sees it."""
+        ...
+
+
+MakeRepeat = Callable[[Iterable[Tensor]], Repeat]  # over the weights and pools that steps read and write
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 
 from thalweg.errors import ConfigError
 from thalweg.kernels.cpu.backend import cpu_kernels
+from thalweg.kernels.cpu.calls import Calls
 from thalweg.kernels.cpu.library import Level, LibraryMissing, load_library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
-from thalweg.kernels.ops import Kernels
+from thalweg.kernels.ops import Kernels, MakeRepeat
 from thalweg.kernels.reference.backend import reference_kernels
 
 __all__ = ["KernelChoice", "KernelSet", "cpu_kernels", "deterministic_kernels", "reference_kernels", "select_kernels"]
@@ -28,13 +30,15 @@ class KernelChoice:
 @dataclass(frozen=True, slots=True)
 class KernelSet:
     """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `narrow`: weights may stay
-    in bfloat16 under fp32 activations. `missing`: why there are no compiled kernels where a device could have them."""
+    in bfloat16 under fp32 activations. `missing`: why there are no compiled kernels where a device could have them.
+    `repeat` makes what repeats steps, where these kernels can be repeated."""
 
     kernels: Kernels
     choices: tuple[KernelChoice, ...]
     exact: bool = False
     narrow: bool = False
     missing: str = ""
+    repeat: MakeRepeat | None = None
 
 
 def select_kernels(
@@ -78,7 +82,7 @@ def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> Kernel
             choices.append(KernelChoice(field.name, "deterministic", "not compiled; bits of a row depend on it alone"))
         else:
             choices.append(KernelChoice(field.name, f"cpu-{library.level.value}", why))
-    return KernelSet(kernels, tuple(choices), exact=True, narrow=True)
+    return KernelSet(kernels, tuple(choices), exact=True, narrow=True, repeat=partial(Calls, library))
 
 
 def _plain(device: torch.device, deterministic: bool, missing: str) -> KernelSet:

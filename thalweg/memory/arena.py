@@ -43,6 +43,10 @@ class CacheArena:
         blocks = self._blocks[stream]
         return rows.view(blocks, rows.numel() // blocks if blocks else 0)
 
+    def memory(self) -> tuple[Tensor, ...]:
+        """One tensor per stream, of all its layers: they stay where they are."""
+        return tuple(self._streams.values())
+
     @property
     def allocated_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._streams.values())

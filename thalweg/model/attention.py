@@ -8,7 +8,7 @@ from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.kernels.arguments import AttentionContext, PagedRows, PastRows, Segments, StoredRows
 from thalweg.kernels.ops import Kernels
 from thalweg.model.compressor import Compressor, CompressorStreams
-from thalweg.model.inputs import CacheRows, CompressorInputs, StepInputs
+from thalweg.model.inputs import CacheRows, CompressorInputs, StepInputs, picked
 from thalweg.model.numerics import Numerics
 from thalweg.model.rotary import Angles
 from thalweg.model.step import StepTables
@@ -49,7 +49,7 @@ class Attention:
         result = x[:0]
         if not last or len(step.output_rows):
             queries = step.output_segments if last else step.segments
-            x, angles = (x[step.output_rows], angles.at(step.output_rows)) if last else (x, angles)
+            x, angles = (picked(x, step.output_rows), angles.at(step.output_rows)) if last else (x, angles)
             result = self._attend(x, kv, angles, step, queries, cache)
         kernels.store_rows(self._rows("window", cache), step.window_writes.slots, step.window_writes.of(kv))
         return result

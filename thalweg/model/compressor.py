@@ -23,6 +23,8 @@ class CompressorStreams:
 
 def write_rows(cache_rows: Tensor, writes: RowWrites, rows: Tensor) -> None:
     """Scatter new rows into a cache stream."""
+    if len(writes.slots) == 0:
+        return
     cache_rows.index_copy_(0, writes.slots, writes.of(rows).to(cache_rows.dtype))
 
 
@@ -38,9 +40,9 @@ class Compressor:
         halves = 1 if streams.tail is None else 2
         value, gate = weights.take("wkv.weight").chunk(halves), weights.take("wgate.weight").chunk(halves)
         # One product gives the rows of the cache as they are kept: value and gate for the next entry, then for the own.
-        self._projection = kernels.pack(torch.cat([part for half in zip(value, gate, strict=True) for part in half]))
+        self._projection = weights.packed(torch.cat([part for half in zip(value, gate, strict=True) for part in half]))
         ape = weights.take("ape").chunk(halves, 1)
-        self._ape = torch.cat([part for half in ape for part in (torch.zeros_like(half), half)], 1)
+        self._ape = weights.kept(torch.cat([part for half in ape for part in (torch.zeros_like(half), half)], 1))
         self._norm = weights["norm.weight"]
         self._layer = layer
         self._streams = streams

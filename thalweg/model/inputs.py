@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from thalweg.kernels.arguments import Segments
+from thalweg.kernels.arguments import Ints, Segments
 
 
 class CacheRows(Protocol):
@@ -20,6 +20,11 @@ class CacheRows(Protocol):
     uint8 [slots, bytes of a row] where the stream's format is packed."""
 
     def rows(self, stream: str, layer: int) -> Tensor: ...
+
+
+def picked(rows: Tensor, which: Tensor) -> Tensor:
+    """Rows of a batch, each at most once and in order: as many as there are are all of them."""
+    return rows if len(which) == len(rows) else rows[which]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +35,8 @@ class RowWrites:
     slots: Tensor
 
     def of(self, rows: Tensor) -> Tensor:
-        """The rows to write. Rows of a batch are each written once and in order: as many as there are are all."""
-        return rows if len(self.source) == len(rows) else rows[self.source]
+        """The rows to write."""
+        return picked(rows, self.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,14 @@ class BlockLists:
     """Block ids of a compressed group, all sequences one after another; sequence s has ids[offsets[s]:offsets[s+1]]."""
 
     ids: Tensor
-    offsets: tuple[int, ...]
+    offsets: Ints
     rows_per_block: int
 
 
 @dataclass(frozen=True, slots=True)
 class CompressorInputs:
-    """One step of all compressors of one ratio m, the whole batch at once.
+    """One step of all compressors of one ratio m, the whole batch at once. Cached rows are only read for sequences that
+    complete an entry.
 
     own [E, m] indexes cat(pending rows read from `pending_slots`, the T new rows): the tokens of each entry.
     previous [E, m] indexes cat(tail rows read from `tail_slots`, the T new rows): the tokens of the window before
@@ -79,7 +85,7 @@ class StepInputs:
     output_rows: Tensor
     output_segments: Segments
     past_slots: Tensor
-    past_offsets: tuple[int, ...]
+    past_offsets: Ints
     window_writes: RowWrites
     blocks: Mapping[str, BlockLists]  # by stream name: "csa", "index", "hca"
     csa: CompressorInputs | None

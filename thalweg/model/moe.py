@@ -25,8 +25,8 @@ class MixtureOfExperts:
         if self._joined is not None:
             gate_up, down = torch.cat([gate_up, torch.cat([w1, w3])[None]]), torch.cat([down, w2[None]])
         else:
-            self._w1, self._w2, self._w3 = kernels.pack(w1), kernels.pack(w2), kernels.pack(w3)
-        self._gate_up, self._down = kernels.pack(gate_up), kernels.pack(down)
+            self._w1, self._w2, self._w3 = weights.packed(w1), weights.packed(w2), weights.packed(w3)
+        self._gate_up, self._down = weights.packed(gate_up), weights.packed(down)
         self._config = config
         self._kernels = kernels
 

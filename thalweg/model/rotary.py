@@ -20,6 +20,9 @@ class Angles:
     back: Tensor
 
     def at(self, rows: Tensor) -> Angles:
+        """Those of some rows of the batch, in order."""
+        if len(rows) == len(self.cos):
+            return self
         return Angles(self.cos[rows], self.sin[rows], self.back[rows])
 
 

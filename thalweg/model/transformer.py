@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.ops import Kernels
 from thalweg.model.attention import Attention
-from thalweg.model.inputs import CacheRows, StepInputs
+from thalweg.model.inputs import CacheRows, StepInputs, picked
 from thalweg.model.moe import MixtureOfExperts
 from thalweg.model.numerics import Numerics
 from thalweg.model.rotary import compressed_frequencies, window_frequencies
@@ -40,7 +40,7 @@ class Block:
         token_ids = step.token_ids
         if self._last:
             rows = step.output_rows
-            streams, post, comb, token_ids = streams[rows], post[rows], comb[rows], token_ids[rows]
+            streams, post, comb, token_ids = (picked(own, rows) for own in (streams, post, comb, token_ids))
             if len(rows) == 0:
                 return streams
         streams = self._kernels.mix_out(y, streams, post, comb)
@@ -81,14 +81,25 @@ class Model:
 
     def forward(self, step: StepInputs, cache: CacheRows) -> Tensor:
         """Logits fp32 [O, vocab] of the step's output rows; the rows of all its tokens are written to the cache."""
+        return self.through_layers(*self.begin(step), step, cache)
+
+    def begin(self, step: StepInputs) -> tuple[Tensor, StepTables]:
+        """What enters the first layer, [T, N, D], and what all layers share."""
         tables = step_tables(step, self._window_frequencies, self._compressed_frequencies)
         embedded = F.embedding(step.token_ids, self._weights["embed.weight"]).to(self.numerics.compute)
-        streams = embedded.unsqueeze(1).repeat(1, self.config.hc_streams, 1)
+        return embedded.unsqueeze(1).repeat(1, self.config.hc_streams, 1), tables
+
+    def through_layers(self, streams: Tensor, tables: StepTables, step: StepInputs, cache: CacheRows) -> Tensor:
+        """The rest of `forward`: kernels, and little else."""
         for block in self._blocks:
             streams = block.forward(streams, step, tables, cache)
         if len(streams) == 0:
             return torch.empty((0, self.config.vocab_size), device=streams.device)
         return self._head(streams)
+
+    def memory(self) -> tuple[Tensor, ...]:
+        """All tensors that a forward pass reads besides its inputs and the cache."""
+        return self._weights.memory()
 
     def _head(self, streams: Tensor) -> Tensor:
         config, w = self.config, self._weights

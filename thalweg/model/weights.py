@@ -14,13 +14,16 @@ from thalweg.kernels.ops import Pack
 class Weights:
     """`weights["wq_a.weight"]` under the prefix `layers.0.attn.` is `layers.0.attn.wq_a.weight`."""
 
-    def __init__(self, tensors: dict[str, Tensor], pack: Pack, prefix: str = "") -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], pack: Pack, prefix: str = "", made: list[Tensor] | None = None
+    ) -> None:
         self._tensors = tensors
         self._pack = pack
         self._prefix = prefix
+        self._made: list[Tensor] = [] if made is None else made
 
     def under(self, prefix: str) -> Weights:
-        return Weights(self._tensors, self._pack, self._prefix + prefix)
+        return Weights(self._tensors, self._pack, self._prefix + prefix, self._made)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self._prefix + name]
@@ -32,7 +35,22 @@ class Weights:
     def matrix(self, name: str, groups: int = 1) -> Weight:
         """Take a matrix out, in the form in which the backend multiplies by it: the plain tensor is let go."""
         tensor = self.take(name)
-        return self._pack(tensor if groups == 1 else tensor.unflatten(0, (groups, -1)))
+        return self.packed(tensor if groups == 1 else tensor.unflatten(0, (groups, -1)))
+
+    def packed(self, tensor: Tensor) -> Weight:
+        """A matrix made of parameters, in the form in which the backend multiplies by it."""
+        weight = self._pack(tensor)
+        self.kept(weight.data)
+        return weight
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """Something made of parameters, which stays as long as they do."""
+        self._made.append(tensor)
+        return tensor
+
+    def memory(self) -> tuple[Tensor, ...]:
+        """All that is kept of the whole model, whatever the prefix."""
+        return (*self._tensors.values(), *self._made)
 
 
 def allocate(

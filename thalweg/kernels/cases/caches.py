@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from thalweg.kernels.arguments import AttentionContext, Packing, PagedRows, PastRows, Segments, StoredRows
+from thalweg.kernels.arguments import AttentionContext, Ints, Packing, PagedRows, PastRows, Segments, StoredRows
 from thalweg.kernels.cases.case import Bind, Bound, Call, Case, Source, cast
 from thalweg.kernels.cases.stored import Format, fill
 from thalweg.kernels.ops import Kernels
@@ -98,8 +98,8 @@ class Windows:
         return self.slots[s][first - self.origins[s] : end - self.origins[s]]
 
 
-def offsets(counts: Iterable[int]) -> tuple[int, ...]:
-    return tuple(accumulate(counts, initial=0))
+def offsets(counts: Iterable[int]) -> Ints:
+    return Ints(accumulate(counts, initial=0))
 
 
 def chunks_of(spans: tuple[Span, ...], chosen: Tensor | None) -> list[Chunk]:
@@ -119,7 +119,7 @@ def chunks_of(spans: tuple[Span, ...], chosen: Tensor | None) -> list[Chunk]:
 
 def segments(chunks: list[Chunk]) -> Segments:
     """The rows with queries."""
-    return Segments(offsets(c.queries for c in chunks), tuple(c.last + 1 - c.queries for c in chunks))
+    return Segments(offsets(c.queries for c in chunks), Ints(c.last + 1 - c.queries for c in chunks))
 
 
 def _entries(source: Source, spans: tuple[Span, ...], heads: Heads, form: Format, *, whole: bool = False) -> Entries:
@@ -181,7 +181,7 @@ def attention(shape: str, spans: tuple[Span, ...], heads: Heads, form: Format, m
         def bind(kernels: Kernels, dtype: torch.dtype) -> Bound:
             def bound(chosen: Tensor | None) -> Call:
                 chunks = chunks_of(spans, chosen)
-                keys = Segments(offsets(c.last + 1 - c.first for c in chunks), tuple(c.first for c in chunks))
+                keys = Segments(offsets(c.last + 1 - c.first for c in chunks), Ints(c.first for c in chunks))
                 past, own = windows.past(chunks, heads.window), None if entries is None else entries.of(chunks)
                 context = AttentionContext(segments(chunks), keys, past, own, heads.ratio, heads.window)
                 q = cast(query if chosen is None else query[chosen], dtype)

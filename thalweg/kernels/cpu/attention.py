@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-
 import torch
 from torch import Tensor
 
@@ -33,18 +31,17 @@ def attention(
     query, new_rows, sinks = wide(query), wide(new_rows), wide(sinks)
     if selected is not None:
         selected = selected.contiguous()
-    out = torch.empty_like(query)
+    out = torch.empty(query.shape)
     _, heads, width = query.shape
     queries, keys = context.queries, context.keys
-    numbers = array("l", (  # the order is that of Arguments in native/attention.cpp
+    library.attention(
         address(query), address(new_rows), address(sinks), address(out), address(selected),
         0 if selected is None else selected.shape[1], heads, width, context.window, context.ratio,
         *past_form, address(past.slots), *entry_form,
         0 if entries is None else address(entries.blocks), 0 if entries is None else entries.rows_per_block,
-        len(queries.starts), *queries.offsets, *queries.starts, *keys.offsets, *keys.starts, *past.offsets,
-        *(() if entries is None else entries.offsets),
-    ))  # fmt: skip
-    library.attention(numbers.buffer_info()[0], library.threads)
+        len(queries), queries.offsets.address, queries.starts.address, keys.offsets.address, keys.starts.address,
+        past.offsets.address, 0 if entries is None else entries.offsets.address, library.threads,
+    )  # fmt: skip
     return out
 
 

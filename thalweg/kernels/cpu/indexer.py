@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-
 import torch
 from torch import Tensor
 
@@ -25,11 +23,11 @@ def index_topk(
         return deterministic.index_topk(query, weights, keys, queries, ratio, k)
     query, weights = wide(query), wide(weights)
     out = torch.empty((query.shape[0], k), dtype=torch.int64)
-    segments = array("q", (*queries.offsets, *queries.starts, *keys.offsets))
     library.index_topk(
         address(query), address(weights), query.shape[1], query.shape[2], rows.data.data_ptr(),
         rows.data.stride(0) * rows.data.element_size(), form, address(keys.blocks), keys.rows_per_block,
-        segments.buffer_info()[0], len(queries.starts), ratio, k, address(out), library.threads,
+        queries.offsets.address, queries.starts.address, keys.offsets.address, len(queries), ratio, k, address(out),
+        library.threads,
     )  # fmt: skip
     return out
 

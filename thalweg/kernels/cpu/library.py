@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_float, c_long, c_void_p
 from enum import StrEnum
 from pathlib import Path
@@ -14,27 +14,7 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).parent
-_TYPES = {"p": c_void_p, "n": c_long, "f": c_float}
-# p: address of a contiguous tensor's data, or 0; n: whole number; f: float. The order is that of native/*.cpp.
-SIGNATURES = {
-    "arithmetic": "npn",
-    "attention": "pn",
-    "compress": "ppnnnppnpn",
-    "experts": "pppnnnpnpnnnfpn",
-    "index_topk": "ppnnpnnpnpnnnpn",
-    "linear": "pnnpnnnpn",
-    "mix_head": "pnnnpnppffp",
-    "mix_in": "pnnnpnppffnpppn",
-    "mix_out": "ppnnnpppn",
-    "read_rows": "pnpnnnnpn",
-    "reading": "pnnpn",
-    "rms_norm": "ppnnfpn",
-    "rotate": "pppnnnnn",
-    "round_rows": "pnnnnpn",
-    "route": "ppnnnfnppn",
-    "store_rows": "pnnppnnnnn",
-    "swiglu": "ppnfpn",
-}
+_TYPES = {"p": c_void_p, "n": c_long, "f": c_float}  # address of a contiguous tensor's data, or 0; whole number; float
 
 
 class Level(StrEnum):
@@ -50,15 +30,19 @@ class LibraryMissing(Exception):
 
 
 class Library:
-    """One loaded library, with a function for each of SIGNATURES. `lanes` are the floats of its vectors."""
+    """One loaded library: a function for each kernel of native/kernels.h. `lanes` are the floats of its vectors."""
 
     def __init__(self, level: Level, shared: ctypes.CDLL) -> None:
         self.level = level
         self.lanes: int = shared.thalweg_lanes()
-        for name, types in SIGNATURES.items():
+        self.kernels = tuple(_kernels(shared))
+        for name, types in self.kernels:
             function = getattr(shared, f"thalweg_{name}")
             function.argtypes, function.restype = [_TYPES[letter] for letter in types], None
-            setattr(self, name, function)  # found without a detour: a decode step calls them a hundred times
+            setattr(self, name, function)  # found without a detour: a step calls them a hundred times
+        self.repeat = shared.thalweg_repeat
+        self.repeat.argtypes = [c_void_p, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p]
+        self.repeat.restype = None
 
     if TYPE_CHECKING:
 
@@ -105,6 +89,17 @@ def wide(tensor: Tensor) -> Tensor:
     if tensor.dtype is torch.float32 and tensor.is_contiguous():
         return tensor
     return tensor.to(torch.float32).contiguous()
+
+
+def _kernels(shared: ctypes.CDLL) -> Iterator[tuple[str, str]]:
+    """Names, and the letters of their arguments, in the order of the library's numbers."""
+    name_of, types_of = shared.thalweg_kernel_name, shared.thalweg_kernel_types
+    for function in (name_of, types_of):
+        function.argtypes, function.restype = [c_long], ctypes.c_char_p
+    number = 0
+    while (name := name_of(number)) is not None:
+        yield name.decode(), types_of(number).decode()
+        number += 1
 
 
 def _path(level: Level) -> Path:

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -21,42 +22,29 @@ constexpr long SPAN = 6 * KEYS;      // dense entries
 constexpr long WAVE = 8;             // spans computed before they are merged: what a split query may store
 constexpr double SPLIT_FROM = 400e3;  // multiply-adds below which a second thread costs more than it brings
 
-// The block of arguments that cpu/attention.py fills: one pointer passes faster than twenty. `sequences` of them follow
-// it, all offsets and starts as in AttentionContext.
-struct Arguments {
+// All arguments of one call; offsets and starts of its sequences as in AttentionContext.
+struct Call {
     const float* query;     // [Q, heads, width]
     const float* new_rows;  // [T, width]
     const float* sinks;     // [heads]
     float* out;             // [Q, heads, width]
-    const long* selected;   // [Q, picks] or none
+    const int64_t* selected;   // [Q, picks] or none
     long picks, heads, width, window, ratio;
     CachedRows past;
-    const long* past_slots;
+    const int64_t* past_slots;
     CachedRows entries;
-    const long* blocks;
+    const int64_t* blocks;
     long rows_per_block;
     long sequences;
-};
-static_assert(sizeof(Arguments) == 22 * sizeof(long) && sizeof(long) == sizeof(void*));
+    const int64_t *query_offsets, *query_starts, *key_offsets, *key_starts, *past_offsets, *entry_offsets;
 
-struct Call : Arguments {
-    const long *query_offsets, *query_starts, *key_offsets, *key_starts, *past_offsets, *entry_offsets;
-
-    explicit Call(const long* block) {
-        memcpy(static_cast<Arguments*>(this), block, sizeof(Arguments));
-        query_offsets = block + sizeof(Arguments) / sizeof(long);
-        query_starts = query_offsets + sequences + 1;
-        key_offsets = query_starts + sequences;
-        key_starts = key_offsets + sequences + 1;
-        past_offsets = key_starts + sequences;
-        entry_offsets = past_offsets + sequences + 1;
-    }
     bool has_entries(long s) const { return entries.data && entry_offsets[s] < entry_offsets[s + 1]; }
     // Entries that the query at this position sees.
     long visible(long position) const { return (position + 1) / ratio; }
     // Whether a query's picks, ascending with "none" first, are all that it sees: then they need not be gathered.
     bool picks_all(long query, long position) const {
-        const long seen = visible(position), *own = selected + query * picks, none = picks - seen;
+        const int64_t* const own = selected + query * picks;
+        const long seen = visible(position), none = picks - seen;
         return none >= 0 && (seen == 0 || own[none] == 0) && (none == 0 || own[none - 1] < 0);
     }
 };
@@ -150,7 +138,7 @@ void read_window(const Call& call, long s, long begin, long end, float* to) {
 
 // Goes over the slots of a sequence's entries.
 struct Slots {
-    const long* block;
+    const int64_t* block;
     long place, size;
 
     Slots(const Call& call, long s, long entry)
@@ -192,7 +180,7 @@ void take_window(const Call& call, const Part& part, const Rows& rows, const Scr
 }
 
 // Reads up to KEYS of the picks that are left, "none" left out; those of a tile later, below `known`, are for `ahead`.
-long read_selected(const Call& call, long s, const long*& pick, const long* end, const long* known, float* to,
+long read_selected(const Call& call, long s, const int64_t*& pick, const int64_t* end, const int64_t* known, float* to,
                    Ahead& ahead) {
     long count = 0;
     ahead.count = 0;
@@ -206,14 +194,14 @@ long read_selected(const Call& call, long s, const long*& pick, const long* end,
 
 // Each query's own entries, KEYS at a time.
 void take_selected(const Call& call, const Part& part, const Rows& rows, const Scratch& s) {
-    const long *pick = call.selected + part.query * call.picks, *known = pick + part.count * call.picks;
+    const int64_t *pick = call.selected + part.query * call.picks, *known = pick + part.count * call.picks;
     Ahead ahead;
     ahead.bytes = row_bytes(call.entries, call.width);
     std::fill(s.from, s.from + part.heads, 0);
     for (long row = 0; row < rows.count; row += part.heads) {
         const Rows own{rows.query + row * rows.stride, part.heads, rows.width, rows.stride};
         const Softmax softmax{s.softmax.maximum + row, s.softmax.denominator + row, s.softmax.total + row * rows.stride};
-        const long* const end = pick + call.picks;
+        const int64_t* const end = pick + call.picks;
         while (const long count = read_selected(call, part.sequence, pick, end, known, s.keys, ahead)) {
             std::fill(s.to, s.to + part.heads, (int32_t)count);
             take_in(own, {s.keys, 0, count, s.from, s.to, &ahead}, softmax, s.work);
@@ -333,4 +321,17 @@ void attend_all(const Call& call, int threads) {
 
 }  // namespace
 
-extern "C" void thalweg_attention(const long* block, long threads) { attend_all(Call(block), (int)threads); }
+extern "C" void thalweg_attention(const float* query, const float* new_rows, const float* sinks, float* out,
+                                  const int64_t* selected, long picks, long heads, long width, long window, long ratio,
+                                  const void* past, long past_format, long past_stride, long past_rope,
+                                  const int64_t* past_slots, const void* entries, long entry_format, long entry_stride,
+                                  long entry_rope, const int64_t* blocks, long rows_per_block, long sequences,
+                                  const int64_t* query_offsets, const int64_t* query_starts, const int64_t* key_offsets,
+                                  const int64_t* key_starts, const int64_t* past_offsets, const int64_t* entry_offsets,
+                                  long threads) {
+    attend_all({query, new_rows, sinks, out, selected, picks, heads, width, window, ratio,
+                {(const char*)past, past_format, past_stride, past_rope}, past_slots,
+                {(const char*)entries, entry_format, entry_stride, entry_rope}, blocks, rows_per_block, sequences,
+                query_offsets, query_starts, key_offsets, key_starts, past_offsets, entry_offsets},
+               (int)threads);
+}

@@ -1,4 +1,5 @@
 // What this machine can do at most: loops that do nothing but multiply and add, or nothing but read.
+#include "kernels.h"
 #include "vector.h"
 
 using namespace thalweg;

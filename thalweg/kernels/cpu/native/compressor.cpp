@@ -3,6 +3,7 @@
 #include <array>
 #include <cfloat>
 
+#include "kernels.h"
 #include "tasks.h"
 #include "vector.h"
 

@@ -1,4 +1,5 @@
 // RMSNorm over rows, and the rotation of their last channels.
+#include "kernels.h"
 #include "streams.h"
 
 using namespace thalweg;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "few_rows.h"
+#include "kernels.h"
 #include "streams.h"
 
 using namespace thalweg;

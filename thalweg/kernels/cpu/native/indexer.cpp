@@ -7,6 +7,7 @@
 
 #include "best.h"
 #include "index_rows.h"
+#include "kernels.h"
 
 using namespace thalweg;
 
@@ -262,14 +263,14 @@ void write_all(long seen, long k, int64_t* out) {
 
 extern "C" {
 
-// out[Q, k]. `segments` holds, for a number of sequences, their offsets into the queries (one more than there are
-// sequences), the positions of their first queries, and where their blocks begin in `blocks`.
+// out[Q, k]. Sequence i asks from rows offsets[i] to offsets[i + 1], the first of them at position starts[i]; its blocks
+// begin at blocks[begins[i]].
 void thalweg_index_topk(const float* query, const float* weights, long heads, long width, const void* keys,
-                        long row_bytes, long format, const int64_t* blocks, long rows_per_block,
-                        const int64_t* segments, long sequences, long ratio, long k, int64_t* out, long threads) {
+                        long row_bytes, long format, const long* blocks, long rows_per_block, const long* offsets,
+                        const long* starts, const long* begins, long sequences, long ratio, long k, long* out,
+                        long threads) {
     const Search s{query, weights, heads, width, (const char*)keys, row_bytes, (KeyFormat)format, rows_per_block, ratio,
                    k, out};
-    const int64_t *offsets = segments, *starts = offsets + sequences + 1, *begins = starts + sequences;
     const long most = std::max<long>(1, TILE_ROWS / heads);
     std::vector<Tile> tiles;
     for (long i = 0; i < sequences; i++) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "few_rows.h"
+#include "kernels.h"
 
 using namespace thalweg;
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "few_rows.h"
+#include "kernels.h"
 #include "tasks.h"
 
 using namespace thalweg;

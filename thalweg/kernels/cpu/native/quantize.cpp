@@ -2,6 +2,7 @@
 // as kernels/reference/quantize.py makes them. Block by block on buffers of whole vectors, padded with zeros.
 #include <algorithm>
 
+#include "kernels.h"
 #include "tasks.h"
 #include "vector.h"
 
@@ -18,21 +19,10 @@ static_assert(INDEX_BLOCK % LANES == 0 && KV_BLOCK % INDEX_BLOCK == 0, "blocks a
 
 enum Format : long { FLOAT, BFLOAT16, FP8_KV, FP8_INDEX, FP4_INDEX };
 
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
 inline float float_of(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
-}
-
-inline uint16_t to_bfloat16(float x) {  // ties to even
-    const uint32_t bits = bits_of(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
 // 2 ** ceil(log2(x)) for positive normal x; NaN for NaN.

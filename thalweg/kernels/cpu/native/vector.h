@@ -65,6 +65,17 @@ inline float from_bfloat16(uint16_t x) {
     return result;
 }
 
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline uint16_t to_bfloat16(float x) {  // ties to even
+    const uint32_t bits = bits_of(x), rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
 inline float sum(floats v) {  // by halves, in the same order at every place
     float lanes[LANES];
     store(lanes, v);

@@ -1,0 +1,68 @@
+"""Decode steps that are repeated as one call give the bits of steps that are computed call by call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.assembly import MODELS, RecordingSampler, Shape, engine_of, prompt_of, submit
+from tests.model.fields import FLASH_LIKE
+from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
+from thalweg.kernels.ops import Repeat
+from thalweg.memory.layout import RowFormat
+
+FLOAT32, BFLOAT16, FP8, FP4 = RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.FP8, RowFormat.FP4
+FORMATS = [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (FP8, FP4), (FP8, FP8)]
+LENGTHS = (1, 60, 131, 300)
+OUTPUT = 140  # crosses the end of an entry of 128 tokens
+
+
+def usable_levels() -> list[str]:
+    usable = []
+    for level in built_levels():
+        try:
+            load_library(level)
+        except LibraryMissing:
+            continue
+        usable.append(level.value)
+    return usable
+
+
+def logits(fields: dict[str, Any], shape: Shape, *, repeated: bool) -> tuple[dict[str, dict[int, torch.Tensor]], Any]:
+    """Of every output token of prompts that run together, and what repeated the steps."""
+    sampler = RecordingSampler()
+    runner, plan = MODELS.runner(fields, shape, sampler)
+    repeat: Repeat | None = runner._model._repeat
+    if not repeated:
+        runner._model._repeat = None
+    engine = engine_of(fields, runner, plan, shape)
+    outcomes = [
+        submit(engine, str(i), prompt_of(i, length), max_tokens=OUTPUT - 20 * i) for i, length in enumerate(LENGTHS)
+    ]
+    assert all(outcome.done.wait(60) for outcome in outcomes)
+    steps = engine.status().counters["steps"]
+    engine.close()
+    return sampler.rows, (repeat, steps)
+
+
+@pytest.mark.parametrize(("kv", "index"), FORMATS)
+@pytest.mark.parametrize("level", usable_levels()[-1:])
+def test_bits_in_every_format(fields: dict, level: str, kv: RowFormat, index: RowFormat) -> None:
+    shape = Shape(kernels=level, kv=kv, index=index, prefix_caching=False)
+    expected, _ = logits(fields, shape, repeated=False)
+    found, (repeat, steps) = logits(fields, shape, repeated=True)
+    assert repeat is not None and repeat.repeated > 0.6 * steps, "most steps are repeated"
+    assert found.keys() == expected.keys()
+    for name, rows in expected.items():
+        assert all(torch.equal(row, found[name][place]) for place, row in rows.items()), name
+
+
+@pytest.mark.parametrize("level", usable_levels()[:-1])
+def test_bits_at_every_level(level: str) -> None:
+    shape = Shape(kernels=level, prefix_caching=False)
+    expected, _ = logits(FLASH_LIKE, shape, repeated=False)
+    found, (repeat, steps) = logits(FLASH_LIKE, shape, repeated=True)
+    assert repeat is not None and repeat.repeated > 0.6 * steps
+    assert all(torch.equal(row, found[name][place]) for name, rows in expected.items() for place, row in rows.items())
