@@ -98,6 +98,10 @@ class BatchBuilder:
         spec, stream = self._streams[name]
         cache = item.running.cache
         span, rows, step = spec.tokens_per_block, stream.rows_per_block, stream.tokens_per_row
+        if end - start == step:  # as decoding asks for: one row
+            number = start // span
+            block = cache.growing[spec.group][number] if spec.compressed else cache.sliding[spec.group].get(number)
+            return [-1 if block < 0 else block * rows + start // step % rows]
         slots: list[int] = []
         for number in range(start // span, -(-end // span)):
             places = range(max(start, number * span) // step, -(-min(end, (number + 1) * span) // step))
@@ -181,6 +185,10 @@ class BatchBuilder:
         """The cached slots that the finished windows need, then where the tokens of each lie: [E, ratio] into
         cat(cached rows, new rows). `behind` shifts the window back by so many tokens; -1 stands for tokens before the
         sequence."""
+        if not any(_windows(item, ratio) for item in items):
+            numbers.put(())
+            numbers.put(())
+            return
         begins = [item.running.cache.state_from for item in items]
         reads = [  # of a sequence that finishes no window: nothing
             max(begin, item.start // ratio * ratio - behind) if _windows(item, ratio) else item.start

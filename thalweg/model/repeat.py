@@ -29,7 +29,7 @@ class RepeatedModel:
         sized, others = _tensors(streams, tables, step)
         ints = _ints(step)
         # Block lists and window rows may be of any length: kernels find it in the offsets. Python sees all other sizes.
-        shape = (*(len(x) for x in sized), *(len(x) > 0 for x in others), len(step.segments))
+        shape = (*[x.numel() for x in sized], *[x.numel() > 0 for x in others], len(step.segments))
         return self._repeat.run(
             shape,
             [*sized, *others],

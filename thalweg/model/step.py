@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thalweg.config.model import LayerKind
 from thalweg.model.inputs import CompressorInputs, StepInputs
-from thalweg.model.rotary import Angles, angles
+from thalweg.model.rotary import Angles, angles, both_angles
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,17 @@ class StepTables:
         return self.compressors[kind]
 
 
-def step_tables(step: StepInputs, window_frequencies: Tensor, compressed_frequencies: Tensor) -> StepTables:
-    """Computed once per step for all layers."""
+def step_tables(step: StepInputs, frequencies: Tensor) -> StepTables:
+    """Computed once per step for all layers. frequencies [2, r/2]: those of window and of compressed layers."""
+    window, compressed = both_angles(step.positions, frequencies)
+    none = Angles(compressed.cos[:0], compressed.sin[:0], compressed.back[:0])
     compressors = {
-        kind: (inputs, angles(inputs.positions, compressed_frequencies), step.positions % inputs.ratio)
+        kind: (
+            inputs,
+            angles(inputs.positions, frequencies[1]) if len(inputs.positions) else none,
+            step.positions % inputs.ratio,
+        )
         for kind, inputs in ((LayerKind.CSA, step.csa), (LayerKind.HCA, step.hca))
         if inputs is not None
     }
-    return StepTables(
-        angles(step.positions, window_frequencies), angles(step.positions, compressed_frequencies), compressors
-    )
+    return StepTables(window, compressed, compressors)

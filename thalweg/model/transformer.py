@@ -71,8 +71,7 @@ class Model:
         self._weights = Weights(tensors, kernels.pack)
         self._kernels = kernels
         device = tensors["embed.weight"].device
-        self._window_frequencies = window_frequencies(config, device)
-        self._compressed_frequencies = compressed_frequencies(config, device)
+        self._frequencies = torch.stack([window_frequencies(config, device), compressed_frequencies(config, device)])
         self._blocks = [
             Block(self._weights.under(f"layers.{layer}."), config, layer, numerics, kernels)
             for layer in range(config.num_layers)
@@ -85,9 +84,9 @@ class Model:
 
     def begin(self, step: StepInputs) -> tuple[Tensor, StepTables]:
         """What enters the first layer, [T, N, D], and what all layers share."""
-        tables = step_tables(step, self._window_frequencies, self._compressed_frequencies)
+        tables = step_tables(step, self._frequencies)
         embedded = F.embedding(step.token_ids, self._weights["embed.weight"]).to(self.numerics.compute)
-        return embedded.unsqueeze(1).repeat(1, self.config.hc_streams, 1), tables
+        return embedded.unsqueeze(1).expand(-1, self.config.hc_streams, -1).contiguous(), tables
 
     def through_layers(self, streams: Tensor, tables: StepTables, step: StepInputs, cache: CacheRows) -> Tensor:
         """The rest of `forward`: kernels, and little else."""

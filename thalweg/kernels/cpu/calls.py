@@ -143,6 +143,11 @@ class _Recording(TorchDispatchMode):
         self._kernels, self._arguments, self._patches = array("q"), array("q"), array("q")
         self.foreign = ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to be skipped by torch's compiler, which is not used here, would load all of it, two seconds of work."""
+        return False
+
     def noted(self, result: Tensor) -> _Noted | None:
         if self.foreign:
             return None
