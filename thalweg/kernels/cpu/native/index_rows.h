@@ -154,8 +154,9 @@ inline words load_words(const char* from, long bytes) {
     return load_words(whole);
 }
 
-// LANES keys into as many columns of a panel. On the way the keys `ahead`, which come next, are called into the cache:
-// they lie anywhere, and the processor itself does not see that many rows coming.
+// LANES keys into as many columns of a panel. On the way the keys `ahead`, which come next, are called into the second-
+// level cache: they lie anywhere, and the processor itself does not see that many rows coming; the first level has too
+// few places for lines under way.
 template <KeyFormat FORMAT>
 inline void read_columns(const char* const* keys, const char* const* ahead, long width, float* panel) {
     constexpr long CHANNELS = CHANNELS_OF_WORD<FORMAT>;
@@ -165,7 +166,7 @@ inline void read_columns(const char* const* keys, const char* const* ahead, long
     for (long first = 0; 4 * first < bytes; first += LANES) {
         const long left = bytes - 4 * first;
         if (4 * first % CACHE_LINE == 0)
-            for (int i = 0; i < LANES; i++) __builtin_prefetch(ahead[i] + 4 * first);
+            for (int i = 0; i < LANES; i++) __builtin_prefetch(ahead[i] + 4 * first, 0, 2);
         words v[LANES];
         if (left >= 4 * LANES) {
 #pragma GCC unroll 16
