@@ -129,7 +129,7 @@ def mix_twin(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iteration
 
 
 @every_backend()
-@pytest.mark.parametrize(("n", "iterations"), [(4, 20), (2, 1), (3, 5), (1, 3), (5, 20), (8, 2)])
+@pytest.mark.parametrize(("n", "iterations"), [(4, 20), (2, 1), (3, 5), (1, 3), (5, 20), (8, 2), (11, 3), (16, 2)])
 @pytest.mark.parametrize(("tokens", "hidden"), [(6, 12), (1, 150), (21, 40)])
 def test_hyper_connections(kernels: Kernels, n: int, iterations: int, tokens: int, hidden: int) -> None:
     streams, y = random(tokens, n, hidden), random(tokens, hidden, seed=1)

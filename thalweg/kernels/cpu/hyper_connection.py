@@ -8,7 +8,7 @@ from torch import Tensor
 from thalweg.kernels.arguments import Weight
 from thalweg.kernels.cpu.library import Library, address, wide
 
-MOST_STREAMS = 8  # more than any model has; there is a loop for each number
+MOST_STREAMS = 16  # as many as a config may name; there is a loop for each number
 
 
 def mix_in(

@@ -133,6 +133,14 @@ void mix_out(const float* y, const Streams& in, const float* post, const float* 
         case 6: CALL<6> ARGUMENTS; break;       \
         case 7: CALL<7> ARGUMENTS; break;       \
         case 8: CALL<8> ARGUMENTS; break;       \
+        case 9: CALL<9> ARGUMENTS; break;       \
+        case 10: CALL<10> ARGUMENTS; break;     \
+        case 11: CALL<11> ARGUMENTS; break;     \
+        case 12: CALL<12> ARGUMENTS; break;     \
+        case 13: CALL<13> ARGUMENTS; break;     \
+        case 14: CALL<14> ARGUMENTS; break;     \
+        case 15: CALL<15> ARGUMENTS; break;     \
+        case 16: CALL<16> ARGUMENTS; break;     \
     }
 
 extern "C" {
