@@ -11,7 +11,7 @@ using namespace thalweg;
 namespace {
 
 constexpr long TOKENS = 48;           // of one task: whole groups of lanes and of rows of a product
-constexpr long MOST_GATES = 96;       // (2 + N) N for N = 8 is 80
+constexpr long MOST_GATES = 288;      // (2 + N) N for N = 16
 constexpr double SPLIT_FROM = 100e3;  // multiply-adds below which a second thread costs more than it brings
 static_assert(TOKENS % LANES == 0 && TOKENS <= ROW_BLOCK, "whole groups in a block of rows");
 
