@@ -303,7 +303,7 @@ class Engine:
             self._send(sequence, Queued(sequence.request_id, expected))
 
     def _step(self) -> None:
-        scheduler = self._scheduler
+        scheduler, begin = self._scheduler, self._clock()  # decodes wait for the planning of a step as well
         if not (scheduler.running or scheduler.waiting or scheduler.loading) and self._shadow.waiting:
             self._shadow_run = self._shadow.start(self._clock(), scheduler.coordinator.fits_free)
             if self._shadow_run is not None:
@@ -316,7 +316,6 @@ class Engine:
             elif scheduler.waiting and not scheduler.running:
                 self._refuse_head()
             return
-        begin = self._clock()
         self._watchdog.begin(plan)
         try:
             result = self._runner.run(plan)
