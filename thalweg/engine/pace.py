@@ -8,7 +8,7 @@ at once: over a time longer than it takes to use the credit up, decodes have the
 
 from __future__ import annotations
 
-DECODE_SHARE = 0.6  # of the speed that decodes have alone: half is the promise, and clients see more than steps
+DECODE_SHARE = 0.57  # of the speed that decodes have alone: half is the promise, and estimates err
 QUANTUM = 64  # prompt tokens that are worth a step of their own: fewer cost about as much
 _NEWEST = 0.2  # weight of the last step in the averages
 
