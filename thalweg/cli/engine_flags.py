@@ -43,6 +43,15 @@ StepTokens = Annotated[
 CacheMemory = Annotated[
     str | None, _option("--kv-cache-memory", "--kv-cache-memory-bytes", help="Size of all cache pools, such as 8GiB.")
 ]
+Utilization = Annotated[
+    float | None,
+    _option(
+        "--gpu-memory-utilization",
+        "--mem-fraction-static",
+        "--memory-utilization",
+        help="Instead: the share of the device's memory that weights and pools take.",
+    ),
+]
 PrefixCaching = Annotated[
     bool | None,
     _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse computed prefixes (on by default)."),
@@ -60,6 +69,10 @@ WindowPolicy = Annotated[
 HostMemory = Annotated[
     str | None,
     _option("--kv-host-memory", "--hicache-size", help="Size of the host tier, such as 16GiB; 0: none."),
+]
+HostRatio = Annotated[
+    float | None,
+    _option("--kv-host-ratio", "--hicache-ratio", help="The same as a share of the pools, 0.25 if neither is set."),
 ]
 DiskDirectory = Annotated[str | None, _option("--kv-disk-dir", help="Directory of the disk tier.")]
 DiskSpace = Annotated[str | None, _option("--kv-disk-space", help="Most bytes in it, such as 20GiB.")]

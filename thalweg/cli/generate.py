@@ -38,6 +38,7 @@ def generate(
     max_model_len: flags.MaxLen = None,
     max_num_batched_tokens: flags.StepTokens = None,
     kv_cache_memory: flags.CacheMemory = None,
+    memory_utilization: flags.Utilization = None,
     threads: flags.Threads = None,
 ) -> None:
     """Run a model on one prompt and stream the answer."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, serve
+from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, serve
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -44,10 +44,20 @@ def _root(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
+def _own(arguments: list[str]) -> list[str]:
+    """Arguments in our terms, after a word about those that have no effect."""
+    if arguments[:1] != ["serve"]:
+        return arguments
+    own, notes = peers.own_arguments(arguments)
+    for note in notes:
+        print(f"thalweg: {note}", file=sys.stderr)
+    return own
+
+
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit code 2."""
     try:
-        app()
+        app(_own(sys.argv[1:]))
     except ThalwegError as error:
         print(f"thalweg: {error.message}", file=sys.stderr)
         sys.exit(2)

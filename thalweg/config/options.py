@@ -39,10 +39,12 @@ class EngineOptions:
     max_num_seqs: int = 16  # running requests
     max_num_batched_tokens: int = 1024  # tokens of one step
     kv_cache_memory: int | None = None  # bytes of all pools
+    memory_utilization: float | None = None  # instead: weights and pools take this share of the device's memory
     enable_prefix_caching: bool = True
     window_policy: str = "boundary"  # boundary, full, interval:K, exact-replay, bounded-replay (approximate)
     checkpoint_interval: int = 4096  # boundary policy: tokens between checkpoints kept of a long prompt; 0: none
     kv_host_memory: int | None = None  # bytes of the host tier and of requests that gave way; 0: none
+    kv_host_ratio: float = 0.25  # the same as a share of the pools, where kv_host_memory is not set
     kv_disk_dir: str | None = None  # directory of the disk tier; None: none
     kv_disk_space: int = 20 * 2**30  # bytes that the disk tier never exceeds
     shadow_rate: float = 0.0  # share of hits that is computed again cold in idle time and compared
@@ -106,6 +108,16 @@ def _check(options: EngineOptions) -> None:
         raise ConfigError("kv_disk_dir: an empty name; leave the option out for no disk tier", param="kv_disk_dir")
     if options.max_queue_seconds is not None and not options.max_queue_seconds > 0:
         raise ConfigError(f"max_queue_seconds: {options.max_queue_seconds} is not above 0", param="max_queue_seconds")
+    if options.memory_utilization is not None and not 0 < options.memory_utilization <= 1:
+        raise ConfigError(
+            f"memory_utilization: {options.memory_utilization} is not above 0 and at most 1", param="memory_utilization"
+        )
+    if options.memory_utilization is not None and options.kv_cache_memory is not None:
+        raise ConfigError(
+            "memory_utilization: kv_cache_memory is set too; leave one of them out", param="memory_utilization"
+        )
+    if not 0 <= options.kv_host_ratio < float("inf"):
+        raise ConfigError(f"kv_host_ratio: {options.kv_host_ratio} is below 0 or not finite", param="kv_host_ratio")
     if not 0 <= options.shadow_rate <= 1:
         raise ConfigError(f"shadow_rate: {options.shadow_rate} is not between 0 and 1", param="shadow_rate")
     split_window_policy(options.window_policy)

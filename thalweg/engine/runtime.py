@@ -44,14 +44,13 @@ from thalweg.memory.tier import Tier
 from thalweg.memory.transfers import Transfers
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
-from thalweg.model.weights import allocate
+from thalweg.model.weights import allocate, weight_bytes
 from thalweg.text.tokenizer import Tokenizer
 from thalweg.types import GenerateRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULT_CACHE_BYTES = 4 * 2**30
 _DEFAULT_CACHE_SHARE = 0.25  # of the memory that is available at start-up
-_DEFAULT_HOST_SHARE = 0.25  # of the pools: room for requests that give way
 _FLOAT32_SHARE = 0.25  # weights are widened to fp32 on a CPU while they take no more of the memory than this
 
 
@@ -110,9 +109,11 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         wanted=options.kernels,
     )
     numerics, choices = _numerics(options, config, device, narrow=kernel_set.narrow)
-    groups, plan = _cache_plan(options, config, numerics, choices)
-    max_model_len = _max_model_len(options, config, plan, choices)
     narrow = bfloat16_parameters(checkpoint) if kernel_set.narrow else frozenset()
+    budget, why = _cache_bytes(options, device, weight_bytes(config, numerics.compute, narrow))
+    groups, plan = _cache_plan(options, config, numerics, budget, choices)
+    choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
+    max_model_len = _max_model_len(options, config, plan, choices)
     weights = allocate(config, numerics.compute, device, narrow)
     _load(checkpoint, weights, progress)
     if options.deterministic:
@@ -159,8 +160,8 @@ def _tiering(options: EngineOptions, coordinator: Coordinator, packer: BlockPack
     tiers: dict[str, Tier] = {}
     host, why = options.kv_host_memory, "as set"
     if host is None:
-        host = int(_DEFAULT_HOST_SHARE * sum(_pool_bytes(packer, coordinator)))
-        why = f"{_DEFAULT_HOST_SHARE:.0%} of the pools"
+        host = int(options.kv_host_ratio * sum(_pool_bytes(packer, coordinator)))
+        why = f"{options.kv_host_ratio:.0%} of the pools"
     if host and options.enable_prefix_caching:
         tiers[HOST] = HostTier(host)
     choices.append(Choice("host tier", f"{host:,} bytes" if HOST in tiers else "off", why))
@@ -279,14 +280,28 @@ def _formats(numerics: Numerics, groups: tuple[CacheGroupSpec, ...], layout: Cac
     ]
 
 
+def _cache_bytes(options: EngineOptions, device: torch.device, weights: int) -> tuple[int, str]:
+    """Of all pools together, and why. Raises ConfigError where the weights alone are more than the share allowed."""
+    if options.kv_cache_memory is not None:
+        return options.kv_cache_memory, "as set"
+    memory = psutil.virtual_memory()
+    share = options.memory_utilization
+    if share is None:
+        budget = int(min(_DEFAULT_CACHE_BYTES, _DEFAULT_CACHE_SHARE * memory.available))
+        return budget, "the lesser of 4 GiB and a quarter of the free memory"
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory.total
+    budget = int(share * total) - weights
+    if budget <= 0:
+        raise ConfigError(
+            f"memory_utilization: the weights take {weights:,} bytes, more than {share:g} of {total:,}",
+            param="memory_utilization",
+        )
+    return budget, f"{share:g} of the memory, without {weights:,} bytes of weights"
+
+
 def _cache_plan(
-    options: EngineOptions, config: ModelConfig, numerics: Numerics, choices: list[Choice]
+    options: EngineOptions, config: ModelConfig, numerics: Numerics, budget: int, choices: list[Choice]
 ) -> tuple[tuple[CacheGroupSpec, ...], CachePlan]:
-    budget, why = options.kv_cache_memory, "as set"
-    if budget is None:
-        available = psutil.virtual_memory().available
-        budget = int(min(_DEFAULT_CACHE_BYTES, _DEFAULT_CACHE_SHARE * available))
-        why = "the lesser of 4 GiB and a quarter of the free memory"
     groups = cache_groups(config)
     layout = CacheLayout(numerics.kv, numerics.index, config.rope_dim)
     plan = plan_cache(
@@ -297,7 +312,6 @@ def _cache_plan(
         spacing_units=window_policy(options, config).spacing_units if options.enable_prefix_caching else 0,
     )
     choices += _formats(numerics, groups, layout)
-    choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
     return groups, plan
 
 

@@ -53,20 +53,25 @@ class Weights:
         return (*self._tensors.values(), *self._made)
 
 
+def dtype_of(parameter: Parameter, compute: torch.dtype, narrow: frozenset[str]) -> torch.dtype:
+    """Matrices named in `narrow` are kept in bfloat16, for kernels that widen them as they multiply."""
+    if parameter.name in narrow and _is_matrix(parameter):
+        return torch.bfloat16
+    return {Precision.COMPUTE: compute, Precision.FLOAT32: torch.float32, Precision.INT64: torch.int64}[
+        parameter.precision
+    ]
+
+
+def weight_bytes(config: ModelConfig, compute: torch.dtype, narrow: frozenset[str] = frozenset()) -> int:
+    """What `allocate` takes."""
+    return sum(p.elements * dtype_of(p, compute, narrow).itemsize for p in parameters(config))
+
+
 def allocate(
     config: ModelConfig, compute: torch.dtype, device: torch.device, narrow: frozenset[str] = frozenset()
 ) -> dict[str, Tensor]:
-    """Uninitialised tensors for every parameter, for a loader to fill in place. Matrices named in `narrow` are kept in
-    bfloat16, for kernels that widen them as they multiply."""
-    dtypes = {Precision.COMPUTE: compute, Precision.FLOAT32: torch.float32, Precision.INT64: torch.int64}
-    return {
-        p.name: torch.empty(
-            p.shape,
-            dtype=torch.bfloat16 if p.name in narrow and _is_matrix(p) else dtypes[p.precision],
-            device=device,
-        )
-        for p in parameters(config)
-    }
+    """Uninitialised tensors for every parameter, for a loader to fill in place."""
+    return {p.name: torch.empty(p.shape, dtype=dtype_of(p, compute, narrow), device=device) for p in parameters(config)}
 
 
 def _is_matrix(parameter: Parameter) -> bool:
