@@ -9,7 +9,6 @@ import torch
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.sampler import Sampler
-from thalweg.errors import GrammarError
 from thalweg.memory.arena import CacheArena
 from thalweg.model.transformer import Model
 from thalweg.types import SampledToken
@@ -38,5 +37,5 @@ class ModelRunner:
         outcomes = list(zip(sequences, sampled, strict=True))
         return StepResult(
             {s.request_id: t for s, t in outcomes if isinstance(t, SampledToken)},
-            {s.request_id: t for s, t in outcomes if isinstance(t, GrammarError)},
+            {s.request_id: t for s, t in outcomes if not isinstance(t, SampledToken)},
         )
