@@ -43,7 +43,8 @@ from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import default_model, parse_model_config
 from thalweg.config.options import EngineOptions
 from thalweg.engine.batch import BatchBuilder
-from thalweg.engine.engine import Engine, EngineLimits
+from thalweg.engine.engine import Engine
+from thalweg.engine.limits import EngineLimits
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.runner import ModelRunner, Runner
 from thalweg.engine.runtime import window_policy
@@ -192,7 +193,7 @@ class Bench:
         scheduler = Scheduler(self.tiering, SchedulerLimits(1, STEP_TOKENS), lambda _: EVERYBODY)
         eos = tuple(shape.config.eos_token_ids)
         limits = EngineLimits(1 << 20, plan.token_capacity, shape.config.vocab_size, 8, eos)
-        self.engine = Engine(scheduler, runner, limits)
+        self.engine = Engine(lambda: scheduler, runner, limits)
         self.engine.start()
         self.peak: dict[str, int] = {}
         self._serial = 0

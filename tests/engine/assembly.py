@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ from thalweg.cache.prefix_index import Namespace
 from thalweg.checkpoint.random_model import random_parameters
 from thalweg.config.model_parse import parse_model_config
 from thalweg.engine.batch import BatchBuilder
-from thalweg.engine.engine import Engine, EngineLimits
+from thalweg.engine.engine import Engine
+from thalweg.engine.limits import EngineLimits
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.request import Sequence
 from thalweg.engine.runner import ModelRunner, Runner
@@ -112,19 +114,23 @@ def engine_of(
     *,
     shadow: Shadow | None = None,
     tiers: Mapping[str, Tier] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Engine:
     """An engine, started. Tiers need a runner with an arena."""
     config = parse_model_config(fields)
     bounded = shape.policy is WindowPolicy.BOUNDED_REPLAY
     replay = bounded_replay_tokens(config) if bounded else exact_replay_tokens(config) if shape.replay else 0
     policy = CheckpointPolicy(config.unit_tokens, shape.checkpoint_interval, shape.policy, replay)
-    coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
-    limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
-    mover = Transfers(BlockPacker(runner.arena), tiers) if tiers and isinstance(runner, ModelRunner) else None
-    tiering = Tiering(coordinator, tiers or {}, mover)
-    scheduler = Scheduler(tiering, limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
+
+    def make_scheduler() -> Scheduler:
+        coordinator = Coordinator(plan.groups, plan.pool_blocks, policy, prefix_caching=shape.prefix_caching)
+        limits = SchedulerLimits(shape.max_running, shape.max_step_tokens)
+        mover = Transfers(BlockPacker(runner.arena), tiers) if tiers and isinstance(runner, ModelRunner) else None
+        tiering = Tiering(coordinator, tiers or {}, mover, clock)
+        return Scheduler(tiering, limits, lambda sequence: Namespace(sequence.request.cache_salt.encode()))
+
     engine_limits = EngineLimits(1 << 20, plan.token_capacity, config.vocab_size, 64, (EOS,))
-    engine = Engine(scheduler, runner, engine_limits, shadow=shadow)
+    engine = Engine(make_scheduler, runner, engine_limits, shadow=shadow, clock=clock)
     engine.start()
     return engine
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from tests.engine.assembly import CountingRunner, Models, Outcome, Shape, answer, engine_of, submit
-from tests.model.fields import FLASH_LIKE
-from thalweg.engine.engine import Engine
-from thalweg.engine.request import Sequence
-from thalweg.engine.shadow import Shadow
-from thalweg.errors import ContextLengthError, OverloadedError, RequestError, UnavailableError
-from thalweg.types import FinishReason, GenerateRequest, SamplingParams, TokenEvent
+from tests.engine.assembly import CountingRunner, Models, Outcome, Shape, answer, engine_of, model_engine, submit
+from tests.model.fields import FLASH_LIKE, NARROW
+from thalweg.engine.engine import CRASH_SECONDS, MOST_CRASHES, Engine
+from thalweg.engine.plan import StepPlan
+from thalweg.engine.scheduler import Scheduler
+from thalweg.engine.tiering import Tiering
+from thalweg.errors import ContextLengthError, EngineError, OverloadedError, RequestError, UnavailableError
+from thalweg.types import GenerateRequest, SamplingParams, TokenEvent
 
 _, PLAN = Models().runner(FLASH_LIKE, Shape())
 
@@ -72,14 +74,6 @@ def test_a_failing_step_fails_only_its_requests(engine: Engine, runner: Counting
     runner.fail_at = {1}
     failed = answer(engine, "a", [5] * 10)
     assert failed.last.finish == "error" and "injected failure" in str(failed.last.error)
-    assert answer(engine, "b", [5] * 10).last.finish == "length"
-
-
-def test_a_listener_that_raises_harms_nobody(engine: Engine) -> None:
-    def broken(_: object) -> None:
-        raise ValueError("broken listener")
-
-    engine.submit(GenerateRequest("a", np.array([1, 2], np.int32), SamplingParams(max_tokens=2)), broken)
     assert answer(engine, "b", [5] * 10).last.finish == "length"
 
 
@@ -159,17 +153,152 @@ def test_status_counts(engine: Engine, runner: CountingRunner) -> None:
     assert counters["step_tokens"] == 5 * 10 + 5 * 7
 
 
-def test_an_engine_that_cannot_go_on_tells_everybody() -> None:
-    class Broken(Shadow):
-        def consider(self, sequence: Sequence, finish: FinishReason) -> None:
-            raise RuntimeError("forgot how to end")
+def broken_commits(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException, times: int) -> None:
+    """The next steps are computed and cannot be committed, by this scheduler or those after it."""
+    left = [times]
+    commit = Scheduler.commit
 
-    engine = engine_of(FLASH_LIKE, CountingRunner(), PLAN, Shape(), shadow=Broken(0.0, lambda: 1.0))
-    outcomes = [submit(engine, str(i), [5] * 10, max_tokens=2 + i) for i in range(4)]
+    def failing(scheduler: Scheduler, plan: StepPlan) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        commit(scheduler, plan)
+
+    monkeypatch.setattr(Scheduler, "commit", failing)
+
+
+def patient(engine: Engine, name: str) -> Outcome:
+    """An answer, once the engine is there again."""
+    while True:
+        try:
+            return answer(engine, name, [5] * 10)
+        except UnavailableError:
+            time.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost count"), SystemExit(3)])
+def test_a_crash_answers_everybody_and_starts_anew(
+    engine: Engine, runner: CountingRunner, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    answer(engine, "before", [5] * 300)
+    runner.gate.clear()
+    outcomes = [submit(engine, str(i), [5] * 300, max_tokens=2 + i) for i in range(5)]
+    broken_commits(engine, monkeypatch, error, 1)
+    runner.gate.set()
     assert all(o.done.wait(30) for o in outcomes)
-    assert {o.last.finish.value for o in outcomes} == {"error"}
-    assert all(sum(isinstance(e, TokenEvent) and e.finish is not None for e in o.events) == 1 for o in outcomes)
+    assert all(isinstance(o.last.error, UnavailableError) and o.last.error.retryable for o in outcomes)
+    assert patient(engine, "after").last.finish == "length"
+    assert answer(engine, "again", [5] * 300).last.usage.cached_tokens == 0, "the prefix index went, too"
+    status = engine.status()
+    assert (status.healthy, status.failure, status.counters["restarts"]) == (True, None, 1)
+    assert idle(engine)
+
+
+def test_while_it_restarts_it_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is taken in, and what was asked of its cache is done by the new one."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def abandon(_: Tiering) -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(Tiering, "abandon", abandon)
+    broken_commits(engine, monkeypatch, RuntimeError("lost count"), 1)
+    assert answer(engine, "a", [5] * 10).last.error is not None
+    assert begun.wait(30)
+    status = engine.status()
+    assert not status.healthy and "restarts" in (status.failure or "") and status.running == 0
+    with pytest.raises(UnavailableError, match="restarts"):
+        submit(engine, "b", [5] * 10)
+    with pytest.raises(UnavailableError, match="restarts"):
+        engine.reset_prefix_cache()
+    go_on.set()
+    assert patient(engine, "c").last.finish == "length"
+    assert "the engine crashed and restarts: RuntimeError('lost count')" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [0.0, CRASH_SECONDS])
+def test_crashes_in_quick_succession_end_it_for_good(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    now = [0.0]
+    engine = engine_of(FLASH_LIKE, CountingRunner(), PLAN, Shape(), clock=lambda: now[0])
+    broken_commits(engine, monkeypatch, RuntimeError("lost count"), MOST_CRASHES)
+    for number in range(MOST_CRASHES):
+        assert isinstance(patient(engine, str(number)).last.error, UnavailableError)
+        now[0] += seconds
+    engine._thread.join(0.0 if seconds else 30)
+    assert engine._thread.is_alive() == (seconds > 0)
+    if seconds:
+        assert patient(engine, "after").last.finish == "length"
+    else:
+        for ask in (lambda: submit(engine, "late", [5]), engine.reset_prefix_cache):
+            with pytest.raises(UnavailableError, match="stopped working: RuntimeError"):
+                ask()
+        assert not engine.status().healthy and engine.status().counters["restarts"] == MOST_CRASHES - 1
     engine.close()
-    assert engine.status().healthy is False and "forgot how" in (engine.status().failure or "")
-    with pytest.raises(UnavailableError):
-        submit(engine, "late", [5])
+
+
+def test_an_engine_that_cannot_be_rebuilt_stays_down(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def abandon(_: Tiering) -> None:
+        raise OSError("no way back")
+
+    monkeypatch.setattr(Tiering, "abandon", abandon)
+    broken_commits(engine, monkeypatch, RuntimeError("lost count"), 1)
+    assert isinstance(answer(engine, "a", [5]).last.error, UnavailableError)
+    engine._thread.join(30)
+    with pytest.raises(UnavailableError, match="no way back"):
+        submit(engine, "b", [5])
+
+
+def test_a_reset_that_fails_is_no_silence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiering, "reset", lambda *_: 1 / 0)
+        with pytest.raises(UnavailableError, match="crashed"):
+            engine.reset_prefix_cache()
+    deadline = time.monotonic() + 30
+    while patient(engine, "after").last.error is not None:  # taken in just before the crash
+        assert time.monotonic() < deadline
+    assert engine.status().counters["restarts"] == 1
+
+
+class BadRules:
+    """Rules of an output with a bug in one of their two methods."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def start(self) -> BadRules:
+        return self
+
+    def allowed(self, output: object) -> None:
+        assert self._where != "allowed", "a bug in the rules"
+
+    def ends_with(self, token: int) -> bool:
+        assert self._where != "ends_with", "a bug in the rules"
+        return False
+
+
+@pytest.mark.parametrize("where", ["allowed", "ends_with"])
+def test_bad_rules_end_their_own_request(where: str) -> None:
+    engine = model_engine(NARROW, Shape())
+    alone = answer(engine, "alone", [7] * 200).tokens
+    outcomes = [submit(engine, str(i), [7] * 200, rules=BadRules(where) if i == 1 else None) for i in range(3)]
+    assert all(o.done.wait(60) for o in outcomes)
+    assert isinstance(outcomes[1].last.error, EngineError) and "a bug in the rules" in str(outcomes[1].last.error)
+    assert outcomes[0].tokens == outcomes[2].tokens == alone
+    assert idle(engine) and engine.status().counters["failed_steps"] == engine.status().counters["restarts"] == 0
+    engine.close()
+
+
+def test_a_listener_that_raises_ends_its_own_request(engine: Engine) -> None:
+    heard = []
+
+    def broken(event: object) -> None:
+        heard.append(event)
+        raise SystemExit("broken listener")
+
+    engine.submit(GenerateRequest("a", np.array([1, 2], np.int32), SamplingParams(max_tokens=1000)), broken)
+    assert answer(engine, "b", [5] * 10, max_tokens=30).last.finish == "length"
+    assert len(heard) < 30 and heard[-1].finish == "cancelled"
+    assert idle(engine)

@@ -31,6 +31,7 @@ from tests.memory.records import (
 from thalweg.errors import ConfigError
 from thalweg.memory.catalogue import LOG_BYTES, entry_of
 from thalweg.memory.disk import DiskTier
+from thalweg.memory.files import Files
 from thalweg.memory.folder import CATALOGUE_NAME
 from thalweg.memory.record import FORMAT_VERSION, Record, RecordKind
 
@@ -151,8 +152,9 @@ def test_errors_are_logged_once_per_kind(directory: Path, caplog: pytest.LogCapt
 
 
 def damages() -> dict[str, bytes | int | None]:
-    """What may happen to a file: a byte of it flips, it is cut, it vanishes, or is of another version."""
-    return {"payload": 5000, "header": 70, "table": 100, "cut": -1, "empty": -2, "gone": None, "version": 8}
+    """What may happen to a file: a byte of it flips, it is cut or longer, it vanishes, or is of another version."""
+    flips = {"payload": 5000, "header": 70, "table": 100, "version": 8}
+    return {**flips, "cut": -1, "empty": -2, "longer": -3, "gone": None}
 
 
 @pytest.mark.parametrize("damage", damages())
@@ -169,8 +171,8 @@ def test_damage_is_a_miss_and_is_deleted(
     content, at = bytearray(path.read_bytes()), damages()[damage]
     if at is None:
         path.unlink()
-    elif damage in ("cut", "empty"):
-        path.write_bytes(content[:-1] if damage == "cut" else b"")
+    elif damage in ("cut", "empty", "longer"):
+        path.write_bytes({"cut": content[:-1], "empty": b"", "longer": content + b"x"}[damage])
     else:
         content[at] ^= FORMAT_VERSION | 2
         path.write_bytes(content)
@@ -233,6 +235,34 @@ def test_a_damaged_catalogue_is_rebuilt(directory: Path, damage: str) -> None:
     assert held(tier) == {record.head.name for record in script()[:3]}
     assert tier.find(chain(1, 2, 3, 4, 5)).units == 5 and tier.find(chain(1, 2)).checkpoints == (2,)
     is_sound(tier, script())
+    tier.close()
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_one_bad_file_does_not_cost_the_others(directory: Path, stays: bool) -> None:
+    """Without a catalogue, one file cannot be read, or not even be deleted: the rest is taken in."""
+    tier = DiskTier(directory, CAPACITY)
+    for record in script()[:3]:
+        assert tier.write(record)
+    tier.close()
+    (directory / CATALOGUE_NAME).unlink()
+    bad = directory / script()[2].head.name
+
+    class BadSector(Files):
+        def open(self, path: Path) -> int:
+            if path == bad:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().open(path)
+
+        def remove(self, path: Path) -> None:
+            if path == bad and stays:
+                raise OSError(errno.EIO, "Input/output error")
+            super().remove(path)
+
+    tier = DiskTier(directory, CAPACITY, BadSector())
+    assert held(tier) == {record.head.name for record in script()[:2]}
+    assert bad.exists() == stays
+    assert tier.read_rows(tier.find(chain(1, 2, 3, 4, 5)).pieces[0]) is not None
     tier.close()
 
 

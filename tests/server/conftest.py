@@ -35,8 +35,9 @@ class Server:
         raise AssertionError(f"requests are left over: {self.health()}")
 
 
-def start(*flags: str, port: str = "0") -> Server:
-    command = [sys.executable, "-m", "thalweg", "serve", "--port", port, *FLAGS, *flags]
+def start(*flags: str, port: str = "0", program: tuple[str, ...] = ("thalweg",)) -> Server:
+    """A server with these flags; `program` is the module to run and what it takes before `serve`."""
+    command = [sys.executable, "-m", *program, "serve", "--port", port, *FLAGS, *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     for line in process.stdout:

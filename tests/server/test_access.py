@@ -1,10 +1,13 @@
-"""API keys, and that no two of them share a prefix. Proved by counters, never by timing."""
+"""API keys, what each may ask for, and that no two share a prefix. Proved by counters, never by timing."""
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -14,9 +17,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import Server, start
 from thalweg.errors import ConfigError
-from thalweg.server.access import ApiKeys, load_keys
+from thalweg.server.access import ApiKey, ApiKeys, KeyLimits, load_keys
 
 ALICE, BOB, DEFAULT = "alice-key-0123456", "bob-key-0123456789", "variable-key-01234"
+CAROL, DAVE = "carol-key-012345", "dave-key-0123456"
+LIMITS = f"""
+carol = {{ key = "{CAROL}", max_parallel_requests = 2, max_prompt_tokens = 50, max_body_bytes = "4KiB" }}
+dave = {{ key = "{DAVE}", max_queued_requests = 1, max_parallel_requests = 8 }}
+[limits]
+max_parallel_requests = 32
+"""
 MODEL = "thalweg-tiny"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
 
@@ -25,7 +35,7 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with two keys in a file that everybody can read, and one in the environment."""
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
-    file.write_text(f'[keys]\nalice = "{ALICE}"\nbob = "{BOB}"\n')
+    file.write_text(f'[keys]\nalice = "{ALICE}"\nbob = "{BOB}"\n{LIMITS}')
     file.chmod(0o644)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THALWEG_API_KEY", DEFAULT)
@@ -151,7 +161,7 @@ def report(server: Server, key: str, text: str, **extra: str) -> dict:
 
 def test_not_even_the_reason_of_a_miss_tells_of_another_tenant(guarded: Server) -> None:
     text = str(uuid.uuid4()) + " some words" * 100
-    httpx.post(f"{guarded.url}/reset_prefix_cache", headers=bearer(ALICE))
+    assert httpx.post(f"{guarded.url}/reset_prefix_cache", headers=bearer(DEFAULT)).status_code == 200
     assert report(guarded, ALICE, text)["reason"] == "cold"
     told = report(guarded, BOB, text)
     assert told["reason"] == "cold" and told["divergence_token"] is None
@@ -207,6 +217,103 @@ def test_prompts_that_repeat_without_a_hit_are_noticed_once_and_no_key_is_ever_s
     assert ALICE not in log + metrics
 
 
+def post(server: Server, key: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=bearer(key), timeout=60)
+
+
+@contextmanager
+def streams(server: Server, key: str, count: int, *, begun: bool = True) -> Iterator[None]:
+    """So many long answers under way, or waiting for their turn."""
+    kept: list[Iterator[str]] = []  # what nobody holds any more is closed
+    with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(base_url=server.url, headers=bearer(key), timeout=60))
+        for number in range(count):
+            body = {"prompt": f"{number}", "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+            response = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
+            assert response.status_code == 200
+            kept.append(response.iter_lines())
+            if begun:
+                next(line for line in kept[-1] if line.startswith("data: "))
+        yield
+
+
+def refusal(response: httpx.Response, status: int, words: str) -> None:
+    assert response.status_code == status and words in response.text, response.text
+    assert ("retry-after" in response.headers) == (status == 429)
+
+
+def until_served(server: Server, key: str) -> None:
+    deadline = time.monotonic() + 30
+    while post(server, key, prompt="a", max_tokens=1).status_code != 200:
+        assert time.monotonic() < deadline
+
+
+def test_a_key_has_so_many_requests_open_and_no_more(guarded: Server) -> None:
+    guarded.wait_idle()
+    with streams(guarded, CAROL, 2):
+        refusal(post(guarded, CAROL, prompt="a"), 429, "2 requests are open; max_parallel_requests")
+        assert post(guarded, BOB, prompt="a", n=3, max_tokens=1).status_code == 200
+    until_served(guarded, CAROL)
+    for body in ({"prompt": "a", "n": 3}, {"prompt": ["a", "b", "c"]}):
+        refusal(post(guarded, CAROL, **body), 400, "3 choices exceed max_parallel_requests of this API key, 2")
+
+
+def test_a_key_has_so_many_requests_queued_and_no_more(guarded: Server) -> None:
+    """Four run at once: those of one key may fill all places, and another key still decides only about its own."""
+    guarded.wait_idle()
+    with streams(guarded, BOB, 4):
+        with streams(guarded, DAVE, 1, begun=False):
+            refusal(post(guarded, DAVE, prompt="a"), 429, "1 requests are queued; max_queued_requests")
+            with streams(guarded, ALICE, 2, begun=False):
+                pass
+        deadline = time.monotonic() + 30
+        while guarded.health()["waiting"]:
+            assert time.monotonic() < deadline
+        with streams(guarded, DAVE, 1, begun=False):
+            pass
+    until_served(guarded, DAVE)
+
+
+def test_a_key_has_its_own_lengths(guarded: Server) -> None:
+    refusal(post(guarded, CAROL, prompt=[5] * 51), 400, "51 prompt tokens exceed max_prompt_tokens of this API key, 50")
+    assert post(guarded, CAROL, prompt=[5] * 50, max_tokens=1).status_code == 200
+    assert post(guarded, ALICE, prompt=[5] * 51, max_tokens=1).status_code == 200
+    chat = {"messages": [{"role": "user", "content": "word " * 100}], "max_tokens": 1}
+    for path in ("/v1/chat/completions", "/v1/messages", "/v1/responses"):
+        body = chat if "responses" not in path else {"input": "word " * 100, "max_output_tokens": 16}
+        response = httpx.post(guarded.url + path, json=body, headers=bearer(CAROL), timeout=60)
+        refusal(response, 400, "max_prompt_tokens of this API key")
+    for key, status in ((CAROL, 413), (ALICE, 200)):
+        response = post(guarded, key, prompt=[5] * 20, max_tokens=1, stop=["a" * 5000])
+        assert response.status_code == status, response.text
+        assert status == 200 or "4096 bytes, max_body_bytes of this API key" in response.text
+
+
+def test_only_an_administrator_forgets_what_all_have_cached(guarded: Server) -> None:
+    for path in ("/reset_prefix_cache", "/flush_cache"):
+        refused = httpx.post(guarded.url + path, headers=bearer(ALICE))
+        assert refused.status_code == 403 and refused.json()["error"]["code"] == "permission_denied"
+        assert httpx.post(guarded.url + path, headers=bearer(DEFAULT)).status_code == 200
+
+
+def test_limits_of_all_keys_and_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("""
+        [keys]
+        ann = "secret-one"
+        ben = { key = "secret-two", admin = true, max_prompt_tokens = 7, max_body_bytes = "1MiB" }
+        [limits]
+        max_prompt_tokens = 5
+        max_queued_requests = 3
+    """)
+    keys = load_keys("secret-three", file, {})
+    ann, ben, single = (keys.caller(f"secret-{number}".encode()) for number in ("one", "two", "three"))
+    assert ann is not None and ben is not None and single is not None
+    assert ann.limits == single.limits == KeyLimits(max_prompt_tokens=5, max_queued_requests=3)
+    assert ben.limits == KeyLimits(max_prompt_tokens=7, max_queued_requests=3, max_body_bytes=2**20)
+    assert [ann.admin, ben.admin, single.admin] == [False, True, True]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -216,6 +323,20 @@ def test_prompts_that_repeat_without_a_hit_are_noticed_once_and_no_key_is_ever_s
         ('[keys]\nann = "länger-als-acht"', "API key 'ann': only ASCII"),
         ('[keys]\nann = "secret-one"\nben = "secret-one"', "API key 'ben' is the same as 'ann'"),
         ('[keys]\nann = "secret-one"\nann = "secret-two"', "Cannot overwrite a value"),
+        ("[keys]\nann = {max_prompt_tokens = 5}", "API key 'ann' is not a text, and no table with a text `key`"),
+        (
+            '[keys]\nann = {key = "secret-one", max_prompt_token = 5}',
+            "'max_prompt_token'. Did you mean 'max_prompt_tokens'",
+        ),
+        ('[keys]\nann = {key = "secret-one", max_queued_requests = 0}', "max_queued_requests 0, which is not a whole"),
+        (
+            '[keys]\nann = {key = "secret-one", max_prompt_tokens = true}',
+            "max_prompt_tokens True",
+        ),
+        ('[keys]\nann = {key = "secret-one", max_body_bytes = "1GiB"}', "over the server's own, 67108864"),
+        ('[keys]\nann = {key = "secret-one", admin = "yes"}', "API key 'ann' has admin 'yes'"),
+        ('limits = 5\n[keys]\nann = "secret-one"', "limits is no table"),
+        ('[keys]\nann = "secret-one"\n[limits]\nkey = 5', r"\[limits\] unknown entry 'key'"),
         ("[keys]\nann = 12345678", "API key 'ann' is not a text"),
         ("[keys]", r"a table \[keys\]"),
         ("", r"a table \[keys\]"),
@@ -257,7 +378,8 @@ def test_only_a_readable_file_is_warned_of(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_a_tenant_is_that_of_the_key_whatever_its_name_and_whenever() -> None:
-    one, other = ApiKeys({"a": "secret-one"}), ApiKeys({"b": "secret-two", "c": "secret-one"})
+    secret_one, secret_two = ApiKey("secret-one"), ApiKey("secret-two")
+    one, other = ApiKeys({"a": secret_one}), ApiKeys({"b": secret_two, "c": secret_one})
     found, again = one.caller(b"secret-one"), other.caller(b"secret-one")
     assert found is not None and again is not None and (found.name, again.name) == ("a", "c")
     assert found.tenant == again.tenant == "6271329bc23bc326a66fd0f949003c82e14e5bed1e924ade8fe050b067928c20"

@@ -43,7 +43,7 @@ def serve(
         str | None, typer.Option(show_default=False, help="Key that clients must send; better in THALWEG_API_KEY.")
     ] = None,
     api_keys_file: Annotated[
-        Path | None, typer.Option(show_default=False, help="TOML file with a table [keys] of name = key.")
+        Path | None, typer.Option(show_default=False, help="TOML file with API keys by name, and their limits.")
     ] = None,
     enable_log_requests: LogRequests = True,
     shutdown_timeout: ShutdownTimeout = 30,

@@ -2,6 +2,11 @@
 
 Requests come in through `submit` and `cancel` from any thread; events go out through each request's listener, on the
 engine thread. Every submitted request gets exactly one terminal event, errors included.
+
+A failure stays as small as its cause. What is wrong with one request (its rules, its sampling, its listener) ends that
+request; a step that fails ends the requests in it. Anything else leaves scheduler, block tables and prefix index in
+doubt: every open request ends with UnavailableError and the engine goes on with new ones, over the same model, memory
+and disk records.
 """
 
 from __future__ import annotations
@@ -11,15 +16,18 @@ import secrets
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 
-from thalweg.cache.pool import GroupUsage
-from thalweg.engine.plan import StepPlan, StepResult
+from thalweg.engine.limits import EngineLimits
+from thalweg.engine.plan import SequencePlan, StepPlan, StepResult
 from thalweg.engine.request import Listener, Running, Sequence
 from thalweg.engine.runner import Runner
 from thalweg.engine.scheduler import Scheduler
 from thalweg.engine.shadow import Shadow
+from thalweg.engine.status import EngineStatus, status_of, tier_gauges
 from thalweg.engine.watchdog import Watchdog
 from thalweg.errors import (
     CancelledError,
@@ -30,7 +38,6 @@ from thalweg.errors import (
     ThalwegError,
     UnavailableError,
 )
-from thalweg.memory.tier import TierUsage
 from thalweg.metrics.prometheus import TierGauges
 from thalweg.types import (
     Event,
@@ -39,51 +46,23 @@ from thalweg.types import (
     PrefillProgress,
     Queued,
     SampledToken,
-    Timeline,
     TokenEvent,
 )
 
 _log = logging.getLogger("thalweg.engine")
+# A rare fault, or one bad request sent again at once, is over after two restarts. A third crash within a minute means
+# that most requests meet it: then whoever balances the load should look elsewhere.
+MOST_CRASHES, CRASH_SECONDS = 3, 60.0
 _STATUS_SECONDS = 0.02  # between two snapshots while requests run: one takes as long as a layer of a small model
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What a request may ask for. Lengths in tokens."""
-
-    max_model_len: int
-    token_capacity: int
-    vocab_size: int
-    max_waiting: int
-    eos_token_ids: tuple[int, ...]
-    max_queue_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """A snapshot, taken between two steps, when the engine's clock showed `seconds`.
-
-    `waiting` has those that wait for room, `loading` those whose rows are on their way. `timelines` has the running and
-    loading requests by id.
-    """
-
-    seconds: float
-    running: int
-    waiting: int
-    groups: tuple[GroupUsage, ...]
-    counters: Mapping[str, float]
-    healthy: bool
-    failure: str | None
-    loading: int = 0
-    timelines: Mapping[str, Timeline] = field(default_factory=dict)
-
-
 class Engine:
-    """See the module. `clock` returns seconds and is only used for counters and arrival times."""
+    """See the module. `make_scheduler` gives one with pools and a prefix index of its own, at the start and after each
+    crash. `clock` returns seconds and is only used for counters, arrival times and how often the engine crashed."""
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        make_scheduler: Callable[[], Scheduler],
         runner: Runner,
         limits: EngineLimits,
         *,
@@ -94,7 +73,7 @@ class Engine:
         self.limits = limits
         self._shadow = shadow or Shadow(0.0, lambda: 1.0)
         self._shadow_run: Sequence | None = None
-        self._scheduler = scheduler
+        self._make_scheduler = make_scheduler
         self._runner = runner
         self._clock = clock
         self._watchdog = watchdog or Watchdog()
@@ -104,10 +83,11 @@ class Engine:
         self._closing = False
         self._draining = False
         self._stuck = False  # nothing can be planned before a copy is over
-        self._failure: str | None = None
-        scheduler.tiering.connect(self._post)
+        self._failure: str | None = None  # why nothing is served now
+        self._crashes: deque[float] = deque(maxlen=MOST_CRASHES)
+        self._scheduler = self._new_scheduler()
         self._thread = threading.Thread(target=self._loop, name="thalweg-engine", daemon=True)
-        self._counters: defaultdict[str, float] = defaultdict(float)
+        self._counters: defaultdict[str, float] = defaultdict(float, restarts=0, failed_steps=0)
         self._status = self._snapshot()
 
     # -- any thread -------------------------------------------------------------------------------------------
@@ -144,13 +124,12 @@ class Engine:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
         """Queue a request. Raises RequestError, ContextLengthError, OverloadedError or UnavailableError at once."""
-        self._check_ids(request)
+        limit = self.limits.output_limit(request)
         own = request.sampling.seed
         seed = secrets.randbits(64) if own is None else own % 2**64
-        sequence = Sequence(request, listener, self._output_limit(request), self._clock(), seed=seed)
+        sequence = Sequence(request, listener, limit, self._clock(), seed=seed)
         with self._wake:
-            if self._closing or not self._thread.is_alive():
-                raise UnavailableError("the engine is not running")
+            self._check_serving()
             if self._draining:
                 raise UnavailableError("the server is stopping: what runs is finished, nothing new is taken in")
             if request.request_id in self._open:
@@ -171,26 +150,36 @@ class Engine:
     def reset_prefix_cache(self, tiers: frozenset[str] | None = None) -> int:
         """Forget what is cached in these tiers (`device`, `host`, `disk`; all if None), between two steps.
 
-        Returns the tokens that the device forgot.
+        Returns the tokens that the device forgot. Raises UnavailableError if the engine is not running.
         """
-        done = threading.Event()
-        forgotten: list[int] = []
+        forgotten: Future[int] = Future()
 
         def reset() -> None:
-            forgotten.append(self._scheduler.tiering.reset(tiers))
-            done.set()
+            try:
+                forgotten.set_result(self._scheduler.tiering.reset(tiers))
+            except BaseException:
+                forgotten.set_exception(UnavailableError("the engine crashed while it forgot what is cached"))
+                raise
 
         with self._wake:
-            if self._closing or not self._thread.is_alive():
-                raise UnavailableError("the engine is not running")
+            self._check_serving()
             self._inbox.append(reset)
             self._wake.notify_all()
-        done.wait()
-        return forgotten[0]
+        while self._thread.is_alive():
+            with suppress(TimeoutError):
+                return forgotten.result(timeout=1)
+        if not forgotten.done():
+            raise UnavailableError("the engine stopped before it came to that")
+        return forgotten.result()
+
+    def _check_serving(self) -> None:
+        """Raises UnavailableError unless the engine takes in what is asked of it. To be called under the lock."""
+        if self._closing or self._failure is not None or not self._thread.is_alive():
+            raise UnavailableError(self._failure or "the engine is not running")
 
     def tiers(self) -> tuple[TierGauges, ...]:
         """What the tiers below the device hold and did, by any thread."""
-        return tuple(_gauges(name, tier.usage()) for name, tier in self._scheduler.tiering.tiers.items())
+        return tuple(tier_gauges(name, usage) for name, usage in self._scheduler.tiering.usages().items())
 
     def _post(self, action: Callable[[], None]) -> None:
         """Run an action on the engine thread, between two steps."""
@@ -201,77 +190,88 @@ class Engine:
     def status(self) -> EngineStatus:
         return self._status
 
-    def _check_ids(self, request: GenerateRequest) -> None:
-        """Raises RequestError for token ids that this model does not have."""
-        last, sampling = self.limits.vocab_size - 1, request.sampling
-        for name, ids in (
-            ("stop_token_ids", sampling.stop_token_ids),
-            ("logit_bias", [i for i, _ in sampling.logit_bias]),
-        ):
-            wrong = next((token for token in ids if not 0 <= token <= last), None)
-            if wrong is not None:
-                raise RequestError(f"{name} has the token id {wrong}; ids go from 0 to {last}", param=name)
-
-    def _output_limit(self, request: GenerateRequest) -> int:
-        """How many tokens the request may produce; raises if prompt and output cannot fit."""
-        prompt, wanted = len(request.prompt), request.sampling.max_tokens
-        limit = min(self.limits.max_model_len, self.limits.token_capacity)
-        if prompt == 0:
-            raise RequestError("the prompt has no tokens; at least one is needed", param="prompt")
-        if int(request.prompt.min()) < 0 or int(request.prompt.max()) >= self.limits.vocab_size:
-            last = self.limits.vocab_size - 1
-            raise RequestError(f"the prompt has a token id outside 0 to {last}", param="prompt")
-        if prompt + (wanted or 1) > limit:
-            raise ContextLengthError(
-                f"{prompt} prompt tokens + {wanted or 1} output tokens exceed max_model_len, {limit} tokens",
-                param="max_tokens" if wanted and prompt + 1 <= limit else "prompt",
-            )
-        return wanted or limit - prompt
-
     # -- the engine thread ------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        try:
-            while self._take_inbox():
-                self._guarded_step()
-                if not self._scheduler.running or self._clock() - self._status.seconds >= _STATUS_SECONDS:
-                    self._status = self._snapshot()
-            self._end_all(UnavailableError("the engine was stopped"))
-        except Exception as error:
-            _log.exception("the engine stopped working")
-            self._give_up(error)
+        """Serve until somebody closes the engine, over any number of crashes. Even SystemExit counts as one: a thread
+        that ends in silence would leave everybody waiting."""
+        while True:
+            try:
+                self._serve()
+                return
+            except BaseException as error:
+                if not self._recover(error):
+                    return
+
+    def _serve(self) -> None:
+        while self._take_inbox():
+            self._step()
+            if not self._scheduler.running or self._clock() - self._status.seconds >= _STATUS_SECONDS:
+                self._status = self._snapshot()
+        self._end_all(UnavailableError("the engine was stopped"))
         self._status = self._snapshot()
 
-    def _guarded_step(self) -> None:
-        """A step whose own bugs end the open requests, not the engine."""
+    def _recover(self, error: BaseException) -> bool:
+        """Go on after a crash with a new scheduler; False if that is of no use."""
+        self._crashes.append(self._clock())
+        often = len(self._crashes) == MOST_CRASHES and self._crashes[-1] - self._crashes[0] < CRASH_SECONDS
+        if self._closing or often:
+            self._give_up(error)
+            return False
+        _log.error("the engine crashed and restarts: %r", error, exc_info=error)
+        self._fail_open("the engine crashed and restarts; send the request again")
         try:
-            self._step()
-        except Exception as error:
-            _log.exception("the engine could not plan or commit a step")
-            self._end_all(EngineError(f"the engine failed: {error}"))
+            self._scheduler.tiering.abandon()
+            self._scheduler = self._new_scheduler()
+            self._counters["restarts"] += 1
+            status = self._snapshot()
+        except BaseException as second:
+            self._give_up(second)
+            return False
+        self._failure = None
+        self._status = status  # not before requests are taken in again
+        return True
 
-    def _give_up(self, error: Exception) -> None:
-        """Not even ending the requests in order worked: tell everybody, take nobody in any more."""
+    def _give_up(self, error: BaseException) -> None:
+        _log.critical("the engine crashed and stays down: %r", error, exc_info=error)
+        self._closing = True
+        self._fail_open(f"the engine stopped working: {error!r}")
+
+    def _fail_open(self, why: str) -> None:
+        """End every open request, and take nobody in, without a look at state that is in doubt."""
         with self._wake:
-            self._closing = True
-            self._failure = f"the engine stopped working: {error}"
+            self._failure = why
             left = tuple(self._open.values())
             self._open.clear()
+            self._wake.notify_all()
+        self._shadow.drop_all()
+        self._shadow_run = None
+        self._stuck = False
+        self._status = replace(self._status, healthy=False, failure=why, running=0, waiting=0, loading=0, timelines={})
+        self._counters[f"finished_{FinishReason.ERROR.value}"] += len(left)
         for sequence in left:
-            terminal = EngineError(self._failure)
+            terminal = UnavailableError(why)
             self._send(sequence, TokenEvent(sequence.request_id, (), sequence.usage(), FinishReason.ERROR, terminal))
+
+    def _new_scheduler(self) -> Scheduler:
+        """A scheduler whose finished copies report here for as long as it is the engine's."""
+        scheduler = self._make_scheduler()
+
+        def report(action: Callable[[], None]) -> None:
+            self._post(lambda: action() if scheduler is self._scheduler else None)
+
+        scheduler.tiering.connect(report)
+        return scheduler
 
     def _take_inbox(self) -> bool:
         """Apply what other threads asked for; sleeps while there is nothing to do. False when closing."""
         with self._wake:
             while not (self._inbox or self._closing or self._has_work()):
                 self._wake.wait()
-            actions = list(self._inbox)
-            self._inbox.clear()
-            closing = self._closing
-        for action in actions:
-            action()
+            actions, closing = len(self._inbox), self._closing
+        for _ in range(actions):
             self._stuck = False
+            self._inbox.popleft()()
         return not closing
 
     def _has_work(self) -> bool:
@@ -281,7 +281,9 @@ class Engine:
         return self._shadow.waiting and not scheduler.loading
 
     def _take(self, sequence: Sequence) -> None:
-        """Queue a request. A shadow run under way gives way to it."""
+        """Queue a request, unless a crash ended it first. A shadow run under way gives way to it."""
+        if self._open.get(sequence.request_id) is not sequence:
+            return
         shadow, self._shadow_run = self._shadow_run, None
         if shadow is not None:
             running = self._scheduler.find_running(shadow.request_id)
@@ -360,16 +362,30 @@ class Engine:
             if not item.samples:
                 self._send(sequence, PrefillProgress(item.request_id, item.end, len(sequence)))
                 continue
-            if item.request_id in result.failed:
-                self._end(item.running, FinishReason.ERROR, (), result.failed[item.request_id])
+            try:
+                sampled, finish = self._outcome(item, result)
+            except ThalwegError as error:
+                self._end(item.running, FinishReason.ERROR, (), error)
                 continue
-            sampled = result.sampled[item.request_id]
-            sequence.append(sampled.token)
-            finish = sequence.finish_after(sampled, self.limits.eos_token_ids)
             if finish is None:
                 self._send(sequence, TokenEvent(item.request_id, (sampled,), sequence.usage()))
             else:
                 self._end(item.running, finish, (sampled,), None)
+
+    def _outcome(self, item: SequencePlan, result: StepResult) -> tuple[SampledToken, FinishReason | None]:
+        """The token that a step gave to a request, appended to it. Raises what is wrong with this request alone."""
+        sequence = item.running.sequence
+        if item.request_id in result.failed:
+            raise result.failed[item.request_id]
+        sampled = result.sampled.get(item.request_id)
+        if sampled is None or not 0 <= sampled.token < self.limits.vocab_size:
+            raise EngineError("the step gave no token of this model")
+        try:
+            sequence.append(sampled.token)
+            return sampled, sequence.finish_after(sampled, self.limits.eos_token_ids)
+        except Exception as error:
+            _log.exception("the rules of request %s failed", item.request_id)
+            raise EngineError(f"the rules of the output failed: {error}") from error
 
     def _cancel(self, request_id: str) -> None:
         error = CancelledError("the request was cancelled")
@@ -411,50 +427,20 @@ class Engine:
                 self._shadow.finished(sequence)
         else:
             self._shadow.consider(sequence, finish)
-            with self._wake:
-                self._open.pop(sequence.request_id, None)
-                self._wake.notify_all()
             self._counters[f"finished_{finish.value}"] += 1
         self._status = self._snapshot()
+        with self._wake:  # not before: until it is told of its end, a crash still has to tell it
+            self._open.pop(sequence.request_id, None)
+            self._wake.notify_all()
         self._send(sequence, TokenEvent(sequence.request_id, tokens, sequence.usage(), finish, error))
 
     def _send(self, sequence: Sequence, event: Event) -> None:
         try:
             sequence.listener(event)
-        except Exception:  # a listener's own fault must not take the others down
+        except BaseException:  # a listener's own fault must not take the others down
             _log.exception("the listener of request %s failed", sequence.request_id)
+            self.cancel(sequence.request_id)
 
     def _snapshot(self) -> EngineStatus:
-        coordinator = self._scheduler.coordinator
-        counters = {
-            **self._counters,
-            **self._scheduler.tiering.counters,
-            **self._shadow.counters,
-            "preemptions": self._scheduler.preemptions,
-            "evicted_units": coordinator.evicted_units,
-            "evicted_checkpoints": coordinator.evicted_checkpoints,
-            "cached_units": coordinator.index.nodes,
-            **{f"evicted_for_{group.value}": count for group, count in coordinator.evicted.items()},
-            **{f"checkpoints_{reason.name.lower()}": n for reason, n in coordinator.checkpoints_made.items()},
-        }
-        loading = [loading.sequence for loading in self._scheduler.loading]
-        running = [running.sequence for running in self._scheduler.running]
-        return EngineStatus(
-            self._clock(),
-            len(running),
-            len(self._scheduler.waiting),
-            coordinator.usage(),
-            counters,
-            not self._closing,
-            self._failure,
-            len(loading),
-            {sequence.request_id: sequence.timeline for sequence in (*loading, *running)},
-        )
-
-
-def _gauges(name: str, usage: TierUsage) -> TierGauges:
-    counts = asdict(usage)
-    held = {kind: counts.pop(f"{kind}_bytes") for kind in ("rows", "checkpoint")}
-    held["other"] = counts.pop("bytes") - sum(held.values())
-    records = counts.pop("rows_records") + counts.pop("checkpoint_records")
-    return TierGauges(name, counts.pop("capacity_bytes"), records, held, counts)
+        counters = {**self._counters, **self._shadow.counters}
+        return status_of(self._scheduler, counters, self._clock(), healthy=not self._closing)

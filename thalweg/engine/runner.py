@@ -9,7 +9,6 @@ import torch
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.sampler import Sampler
-from thalweg.errors import GrammarError
 from thalweg.kernels.ops import MakeRepeat
 from thalweg.memory.arena import CacheArena
 from thalweg.model.repeat import RepeatedModel
@@ -47,5 +46,5 @@ class ModelRunner:
         outcomes = list(zip(sequences, sampled, strict=True))
         return StepResult(
             {s.request_id: t for s, t in outcomes if isinstance(t, SampledToken)},
-            {s.request_id: t for s, t in outcomes if isinstance(t, GrammarError)},
+            {s.request_id: t for s, t in outcomes if not isinstance(t, SampledToken)},
         )

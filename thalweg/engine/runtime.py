@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,7 +24,8 @@ from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.config.model_parse import default_model
 from thalweg.config.options import EngineOptions, split_window_policy
 from thalweg.engine.batch import BatchBuilder
-from thalweg.engine.engine import Engine, EngineLimits
+from thalweg.engine.engine import Engine
+from thalweg.engine.limits import EngineLimits
 from thalweg.engine.request import Sequence
 from thalweg.engine.runner import ModelRunner
 from thalweg.engine.sampler import Sampler
@@ -93,12 +94,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     directory = model_directory(options.model)
     checkpoint = open_checkpoint(directory)
     config = checkpoint.config
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}",
-            param="vocab_size",
-        )
+    tokenizer = _tokenizer(directory, config)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = _device(options)
@@ -120,11 +116,16 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         choices.append(_checked_products(weights, kernel_set))
     model = Model(config, weights, numerics, kernel_set.kernels)
     policy = window_policy(options, config)
-    coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
     arena = CacheArena(plan, device)
-    tiering = _tiering(options, coordinator, BlockPacker(arena), choices)
+    lower_tiers = _lower_tiers(options, plan, choices)
+    packer = BlockPacker(arena)
     limits = SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens)
-    scheduler = Scheduler(tiering, limits, namespaces(checkpoint, numerics, policy, kernel_set))
+    namespace = namespaces(checkpoint, numerics, policy, kernel_set)
+
+    def make_scheduler() -> Scheduler:
+        coordinator = Coordinator(groups, plan.pool_blocks, policy, prefix_caching=options.enable_prefix_caching)
+        return Scheduler(_tiering(coordinator, lower_tiers(), packer), limits, namespace)
+
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos), kernel_set.repeat)
     engine_limits = EngineLimits(
@@ -132,7 +133,7 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     )
     name = options.served_model_name or ("thalweg-tiny" if options.model == "default" else directory.resolve().name)
     return Runtime(
-        engine=Engine(scheduler, runner, engine_limits, shadow=Shadow(options.shadow_rate, random.random)),
+        engine=Engine(make_scheduler, runner, engine_limits, shadow=Shadow(options.shadow_rate, random.random)),
         tokenizer=tokenizer,
         model_name=name,
         model_config=config,
@@ -146,6 +147,16 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     )
 
 
+def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}",
+            param="vocab_size",
+        )
+    return tokenizer
+
+
 def window_policy(options: EngineOptions, config: ModelConfig) -> CheckpointPolicy:
     """The policy that the options name, for one model."""
     name, interval = split_window_policy(options.window_policy)
@@ -155,31 +166,38 @@ def window_policy(options: EngineOptions, config: ModelConfig) -> CheckpointPoli
     return CheckpointPolicy(config.unit_tokens, interval or options.checkpoint_interval, kind, replay)
 
 
-def _tiering(options: EngineOptions, coordinator: Coordinator, packer: BlockPacker, choices: list[Choice]) -> Tiering:
-    """Host and disk tiers as asked for. Raises ConfigError where a directory cannot be used."""
-    tiers: dict[str, Tier] = {}
+def _lower_tiers(options: EngineOptions, plan: CachePlan, choices: list[Choice]) -> Callable[[], dict[str, Tier]]:
+    """Host and disk tiers as asked for. Raises ConfigError where a directory cannot be used.
+
+    Whoever asks again, after a crash, gets an empty host tier: its bytes have no checksums. Records on disk have.
+    """
     host, why = options.kv_host_memory, "as set"
     if host is None:
-        host = int(options.kv_host_ratio * sum(_pool_bytes(packer, coordinator)))
-        why = f"{options.kv_host_ratio:.0%} of the pools"
-    if host and options.enable_prefix_caching:
-        tiers[HOST] = HostTier(host)
-    choices.append(Choice("host tier", f"{host:,} bytes" if HOST in tiers else "off", why))
+        host, why = int(options.kv_host_ratio * plan.total_bytes), f"{options.kv_host_ratio:.0%} of the pools"
+    if not options.enable_prefix_caching:
+        host = 0
+    choices.append(Choice("host tier", f"{host:,} bytes" if host else "off", why))
+    disk: DiskTier | None = None
     if options.kv_disk_dir is not None and options.enable_prefix_caching:
-        tiers[DISK] = DiskTier(Path(options.kv_disk_dir), options.kv_disk_space)
+        disk = DiskTier(Path(options.kv_disk_dir), options.kv_disk_space)
         choices.append(Choice("disk tier", f"{options.kv_disk_space:,} bytes at most", options.kv_disk_dir))
     else:
         choices.append(Choice("disk tier", "off", "no --kv-disk-dir" if options.kv_disk_dir is None else "no caching"))
+
+    def tiers() -> dict[str, Tier]:
+        fresh: dict[str, Tier] = {HOST: HostTier(host)} if host else {}
+        return fresh if disk is None else {**fresh, DISK: disk}
+
+    return tiers
+
+
+def _tiering(coordinator: Coordinator, tiers: dict[str, Tier], packer: BlockPacker) -> Tiering:
     if not tiers:
         return Tiering(coordinator, tiers, None)
     transfers = Transfers(packer, tiers)
     if DISK in tiers:
         transfers.prepare(tiers[DISK].usage().rows_bytes // packer.unit_bytes)
     return Tiering(coordinator, tiers, transfers)
-
-
-def _pool_bytes(packer: BlockPacker, coordinator: Coordinator) -> Iterator[int]:
-    return (packer.block_bytes(group) * pool.total_blocks for group, pool in coordinator.pools.items())
 
 
 def _load(checkpoint: Checkpoint, weights: dict[str, Tensor], progress: Callable[[int, int], None] | None) -> None:

@@ -9,13 +9,17 @@ preempted, moved or batched differently draws the same numbers.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from thalweg.engine.request import Sequence
-from thalweg.errors import GrammarError
+from thalweg.errors import EngineError, GrammarError, ThalwegError
 from thalweg.types import AllowedTokens, SampledToken, SamplingParams, TokenLogprob
+
+_log = logging.getLogger("thalweg.engine")
 
 
 class Sampler:
@@ -24,20 +28,26 @@ class Sampler:
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self._eos = eos_token_ids
 
-    def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | GrammarError]:
-        """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence. The error of a sequence
-        whose rules leave no token."""
+    def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | ThalwegError]:
+        """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence. For a sequence whose
+        rules leave no token, or whose rules or parameters fail, that error."""
         return [self._one(row, s, seed) for row, s, seed in zip(logits, sequences, seeds, strict=True)]
 
-    def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken | GrammarError:
-        params = sequence.request.sampling
+    def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken | ThalwegError:
         try:
-            allowed = None if sequence.rules is None else sequence.rules.allowed(sequence.output)
-            if allowed is not None and allowed.forced is not None:
-                return _with_logprobs(raw, allowed.forced, params.logprobs)
-            logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
+            return self._sampled(raw, sequence, seed)
         except GrammarError as error:
             return error
+        except Exception as error:  # its rules or parameters fail: nothing to its neighbours
+            _log.exception("no token could be sampled for request %s", sequence.request_id)
+            return EngineError(f"no token could be sampled: {error}")
+
+    def _sampled(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken:
+        params = sequence.request.sampling
+        allowed = None if sequence.rules is None else sequence.rules.allowed(sequence.output)
+        if allowed is not None and allowed.forced is not None:
+            return _with_logprobs(raw, allowed.forced, params.logprobs)
+        logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
         if params.temperature == 0:
             token = int(logits.argmax())
         else:

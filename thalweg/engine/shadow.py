@@ -75,6 +75,12 @@ class Shadow:
         else:
             self.counters["shadow_skipped"] += 1
 
+    def drop_all(self) -> None:
+        """The engine crashed, maybe of one of these runs."""
+        self.counters["shadow_skipped"] += len(self._queue) + (self._current is not None)
+        self._queue.clear()
+        self._current = None
+
     def finished(self, sequence: Sequence) -> None:
         """Compare what the run gave with what the request was answered."""
         run, self._current = self._current, None

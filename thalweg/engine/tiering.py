@@ -30,7 +30,7 @@ from thalweg.engine.request import LoadOutcome, Running, Sequence, Swapped
 from thalweg.memory.host import HostTier
 from thalweg.memory.jobs import LoadJob, LoadPart, LoadResult, Mover, StoreJob
 from thalweg.memory.record import RecordHead, RecordKind
-from thalweg.memory.tier import Found, Tier
+from thalweg.memory.tier import Found, Tier, TierUsage
 from thalweg.types import CacheReport, MissReason
 
 _log = logging.getLogger("thalweg.engine")
@@ -40,8 +40,12 @@ MOST_RECORD_UNITS = 256  # where rows are small, up to RECORD_BYTES: opening fil
 RECORD_BYTES = 8 * 2**20
 PART_BYTES = 2**20  # read, checked and put in place at once: while it is still in the processor's cache
 STORES_IN_FLIGHT_BYTES = 256 * 2**20
+# What a tier refused is offered again with a later request: often enough for a disk that has room again, seldom enough
+# for one that never will, since every time its rows are copied out of the pools for it.
+REFUSED_SECONDS = 60.0
 _MOST_BACKLOG = 4096  # units that wait for their copy
 _NO_ORIGIN = bytes(16)
+_NOTHING = Found((), 0, ())
 Answer = TypeVar("Answer")
 
 
@@ -89,6 +93,7 @@ class Tiering:
         self._part_units = max(1, PART_BYTES // max(1, unit_bytes))
         self._post: Callable[[Callable[[], None]], None] = lambda action: action()
         self._backlog: deque[UnitNode] = deque()
+        self._refused: deque[tuple[float, RecordKind, SequenceOf[UnitNode]]] = deque(maxlen=_MOST_BACKLOG)
         self._storing: dict[int, tuple[StoreJob, Held]] = {}  # blocks still held, oldest first
         self._serial = 0
         self._in_flight_bytes = 0
@@ -107,12 +112,25 @@ class Tiering:
     def tiers(self) -> Mapping[str, Tier]:
         return self._tiers
 
+    def usages(self) -> dict[str, TierUsage]:
+        """What each tier holds and did, by any thread; without one that cannot say."""
+        asked = {name: _asked(tier.usage, None) for name, tier in self._tiers.items()}
+        return {name: usage for name, usage in asked.items() if usage is not None}
+
     def close(self) -> None:
         """Write what is under way, then let the tiers go."""
         if self._mover is not None:
             self._mover.close()
         for tier in self._tiers.values():
-            tier.close()
+            _asked(tier.close, None)
+
+    def abandon(self) -> None:
+        """Nobody trusts this state any more: wait until no copy touches the pools, and begin none. Records in host
+        memory, which have no checksums, go; the tiers stay open."""
+        if self._mover is not None:
+            self._mover.abandon()
+        if self._host is not None:
+            _asked(self._host.clear, 0)
 
     def reset(self, tiers: frozenset[str] | None) -> int:
         """Forget what these tiers hold, all of them if None; returns the tokens that the device forgot."""
@@ -142,6 +160,9 @@ class Tiering:
 
     def pump(self) -> None:
         """Begin as many copies as may be under way."""
+        while self._refused and self._refused[0][0] <= self._clock():
+            _, kind, nodes = self._refused.popleft()
+            self._forget_stored(kind, nodes)
         fresh = self.coordinator.fresh_checkpoints
         while fresh:
             node = fresh.popleft()
@@ -212,14 +233,19 @@ class Tiering:
             unit_tokens=policy.unit_tokens,
         )
 
-    def _stored(self, serial: int, kind: RecordKind, nodes: SequenceOf[UnitNode], size: int, kept: bool) -> None:
+    def _stored(
+        self, serial: int, kind: RecordKind, nodes: SequenceOf[UnitNode], size: int, kept: SequenceOf[bool]
+    ) -> None:
         self._release(serial)
         self._in_flight_bytes -= size
-        self.counters["stores" if kept else "failed_stores"] += 1
-        if not kept:
-            rows = kind is RecordKind.ROWS
-            for node in nodes:
-                node.stored, node.checkpoint_stored = node.stored and not rows, node.checkpoint_stored and rows
+        self.counters["stores" if any(kept) else "failed_stores"] += 1
+        if not all(kept):
+            self._refused.append((self._clock() + REFUSED_SECONDS, kind, nodes))
+
+    def _forget_stored(self, kind: RecordKind, nodes: SequenceOf[UnitNode]) -> None:
+        rows = kind is RecordKind.ROWS
+        for node in nodes:
+            node.stored, node.checkpoint_stored = node.stored and not rows, node.checkpoint_stored and rows
 
     def _release(self, serial: int) -> None:
         _, held = self._storing.pop(serial, (None, ()))
@@ -245,7 +271,7 @@ class Tiering:
         if match.resume == limit or not self.coordinator.fits(match, len(sequence)):
             return None
         digests = self.coordinator.index.digests(namespace, sequence.tokens, limit)
-        found = {name: _asked(partial(tier.find, digests), Found((), 0, ())) for name, tier in self._tiers.items()}
+        found = {name: _asked(partial(_find, tier, digests), _NOTHING) for name, tier in self._tiers.items()}
         sequence.load = LoadOutcome(stored_units=max(f.units for f in found.values()))
         plan = self._plan(match, found)
         if plan is None:
@@ -364,7 +390,12 @@ class Tiering:
         if not _asked(partial(self._host.reserve, size), False):
             self.counters["swaps_without_room"] += 1
             return False
-        running.sequence.swapped = Swapped(snapshot, self._mover.take_out(snapshot.blocks), size)
+        data = _asked(partial(self._mover.take_out, snapshot.blocks), None)
+        if data is None:
+            _asked(partial(self._host.release, size), None)
+            self.counters["failed_swaps"] += 1
+            return False
+        running.sequence.swapped = Swapped(snapshot, data, size)
         self.counters["swapped_out"] += 1
         return True
 
@@ -401,9 +432,9 @@ class Tiering:
 
     def forget(self, sequence: Sequence) -> None:
         """Let go of what a request took to host memory."""
-        if sequence.swapped is not None and self._host is not None:
-            self._host.release(sequence.swapped.size_bytes)
-        sequence.swapped = None
+        swapped, sequence.swapped = sequence.swapped, None
+        if swapped is not None and self._host is not None:
+            _asked(partial(self._host.release, swapped.size_bytes), None)
 
 
 def _unit_bytes(coordinator: Coordinator, mover: Mover) -> int:
@@ -415,8 +446,21 @@ def _asked(question: Callable[[], Answer], otherwise: Answer) -> Answer:
     try:
         return question()
     except Exception:
-        _log.exception("a tier could not be asked")
+        _log.exception("a tier failed")
         return otherwise
+
+
+def _find(tier: Tier, digests: SequenceOf[bytes]) -> Found:
+    """What a tier has of a prompt. Raises ValueError for pieces that do not follow each other or are of other tokens:
+    their rows would be put where they do not belong."""
+    found, end = tier.find(digests), 0
+    for piece in found.pieces:
+        begin, end = end, end + piece.units
+        if piece.first_unit != begin or not begin < end <= len(digests) or piece.digest != digests[end - 1]:
+            raise ValueError(f"{piece} is not of this prompt")
+    if found.units != end or any(not 0 < boundary <= end for boundary in found.checkpoints):
+        raise ValueError(f"{found} does not agree with its own pieces")
+    return found
 
 
 def _sources(found: Mapping[str, Found], known: int, units: int) -> Iterator[tuple[str, int, int]]:

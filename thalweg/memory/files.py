@@ -43,6 +43,10 @@ class Files:
             done += count
         return done
 
+    def size(self, descriptor: int) -> int:
+        """Bytes of an open file."""
+        return os.fstat(descriptor).st_size
+
     def close(self, descriptor: int) -> None:
         """Close a descriptor."""
         os.close(descriptor)

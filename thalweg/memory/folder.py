@@ -100,6 +100,8 @@ class RecordFolder:
         descriptor = self.files.open(self.directory / name)
         try:
             header = self._header(descriptor, name)
+            if self.files.size(descriptor) != header.file_bytes:
+                raise RecordError(f"is not {header.file_bytes:,} bytes long")
             rows: Bytes = np.empty((units - skip, header.row_bytes), np.uint8)
             count = self.files.read(descriptor, rows.data.cast("B"), header.payload_offset + skip * header.row_bytes)
         finally:
@@ -174,12 +176,12 @@ class RecordFolder:
         fresh = [name for name in listing if NAME.fullmatch(name) and not (name in entries and entries[name].durable)]
         self.forget(lost)
         for name in half:
-            self.files.remove(self.directory / name)
+            self._discard(name)
         self._adopt({name: listing[name] for name in fresh})
         return len(lost) + len(half) + len(fresh)
 
     def _adopt(self, listing: dict[str, os.stat_result]) -> None:
-        """Take in files that were renamed but not recorded; those that are not sound go."""
+        """Take in files that were renamed but not recorded; those that are not sound, or cannot be read, go."""
         adopted = []
         for name, state in listing.items():
             try:
@@ -188,15 +190,22 @@ class RecordFolder:
                     raise RecordError(f"{state.st_size:,} bytes where {header.file_bytes:,} were expected")
             except FileNotFoundError:
                 continue
-            except RecordError as error:
+            except (RecordError, OSError) as error:
                 _log.warning("cache record %s: %s", self.directory / name, error)
-                self.forget(self.catalogue.entries("name = ?", name))
-                self.files.remove(self.directory / name)
+                self._discard(name)
                 continue
             adopted.append(entry_of(header.head, _whole_pages(state.st_size), state.st_mtime, durable=True))
         self.catalogue.add(adopted)
         for entry in adopted:
             self.catalogue.settle(entry.name)
+
+    def _discard(self, name: str) -> None:
+        """Delete a file that is of no use. One that cannot be deleted is no reason to do without the others."""
+        try:
+            self.forget(self.catalogue.entries("name = ?", name))
+            self.files.remove(self.directory / name)
+        except OSError as error:
+            _log.warning("cache record %s cannot be deleted: %s", self.directory / name, error)
 
 
 def open_folder(directory: Path) -> RecordFolder:

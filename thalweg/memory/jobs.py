@@ -58,8 +58,8 @@ class LoadResult:
 class Mover(Protocol):
     """Copies in the background. `done` is called once per job, on any thread, and must not block."""
 
-    def store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
-        """done(True): at least one tier has it."""
+    def store(self, job: StoreJob, done: Callable[[Sequence[bool]], None]) -> None:
+        """`done` hears of each tier whether it has the record now."""
 
     def load(self, job: LoadJob, done: Callable[[LoadResult], None]) -> None: ...
 
@@ -73,3 +73,6 @@ class Mover(Protocol):
 
     def close(self) -> None:
         """Finish what was begun, then end."""
+
+    def abandon(self) -> None:
+        """End once no copy is under way. What has not begun never will, and its `done` need not be called."""

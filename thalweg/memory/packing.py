@@ -88,8 +88,10 @@ class BlockPacker:
 
     def unpack(self, group: Group, data: Bytes, ids: Sequence[int]) -> None:
         """The inverse of `pack`."""
+        if not ids:  # a request that comes back may find all blocks of a group in the pool
+            return
         source = torch.from_numpy(data).to(self._device)
-        together = len(ids) > 0 and list(ids) == list(range(ids[0], ids[0] + len(ids)))
+        together = list(ids) == list(range(ids[0], ids[0] + len(ids)))
         index = torch.tensor(ids, dtype=torch.int64, device=self._device)
         for begin, view in self._views(self._specs[group]):
             part = source[:, begin : begin + view.shape[1]]

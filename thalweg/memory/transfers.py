@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from thalweg.cache.geometry import Group
@@ -38,35 +39,31 @@ class Transfers:
         self._gathering.submit(self._packer.take_pages, units)
         self._loading.submit(_one_thread)
 
-    def store(self, job: StoreJob, done: Callable[[bool], None]) -> None:
+    def store(self, job: StoreJob, done: Callable[[Sequence[bool]], None]) -> None:
         self._gathering.submit(self._gather, job, done)
 
-    def _gather(self, job: StoreJob, done: Callable[[bool], None]) -> None:
+    def _gather(self, job: StoreJob, done: Callable[[Sequence[bool]], None]) -> None:
         try:
             rows = job.head.kind is RecordKind.ROWS
             data = self._packer.pack_units(job.blocks) if rows else self._packer.pack_checkpoint(job.blocks)
         except Exception:
             _log.exception("a record could not be copied out of the pools")
             job.gathered.set()
-            done(False)
+            done((False,))
             return
         job.gathered.set()
         self._storing.submit(self._store, job.tiers, Record(job.head, data), done)
 
-    def _store(self, tiers: Sequence[str], record: Record, done: Callable[[bool], None]) -> None:
-        kept = False
-        try:
-            written = [self._write(name, record) for name in tiers]
-            kept = any(written)
-        except Exception:
-            _log.exception("a record could not be stored")
-        finally:
-            done(kept)
+    def _store(self, tiers: Sequence[str], record: Record, done: Callable[[Sequence[bool]], None]) -> None:
+        done([self._write(name, record) for name in tiers])
 
     def _write(self, name: str, record: Record) -> bool:
         """Write a record to a tier, unless what it hangs on did not get there: nobody would ever find it."""
-        head, dropped = record.head, self._dropped[name]
-        kept = head.anchor not in dropped and self._tiers[name].write(record)
+        head, dropped, kept = record.head, self._dropped[name], False
+        try:
+            kept = head.anchor not in dropped and self._tiers[name].write(record)
+        except Exception:
+            _log.exception("a record could not be stored")
         if head.kind is RecordKind.ROWS:
             (dropped.difference_update if kept else dropped.update)(head.digests)
         if len(dropped) > _DROPPED_REMEMBERED:
@@ -80,7 +77,7 @@ class Transfers:
 
     def _load_part(self, part: LoadPart) -> bool:
         rows = self._tiers[part.tier].read_rows(part.piece, part.skip)
-        if rows is None or rows.shape[1] != self._packer.unit_bytes:
+        if rows is None or not _is_bytes(rows, (part.units, self._packer.unit_bytes)):
             return False
         self._packer.unpack_units(rows, part.blocks)
         return True
@@ -90,7 +87,7 @@ class Transfers:
             return False
         tier, digest, blocks = job.checkpoint
         data = self._tiers[tier].read_checkpoint(digest)
-        if data is None or data.size != self._packer.checkpoint_bytes:
+        if data is None or not _is_bytes(data, (self._packer.checkpoint_bytes,)):
             return False
         self._packer.unpack_checkpoint(data.reshape(1, -1), blocks)
         return True
@@ -114,10 +111,19 @@ class Transfers:
         self._storing.shutdown()
         self._loading.shutdown()
 
+    def abandon(self) -> None:
+        for threads in (self._gathering, self._storing, self._loading):
+            threads.shutdown(cancel_futures=True)
+
 
 def _one_thread() -> None:
     """Copies of a few MiB gain nothing from OpenMP, and its workers would take the cores from the forward pass."""
     torch.set_num_threads(1)
+
+
+def _is_bytes(data: Bytes, shape: tuple[int, ...]) -> bool:
+    """Whether a tier gave what it was asked for: fewer rows would be spread over all blocks."""
+    return data.shape == shape and data.dtype == np.uint8
 
 
 def _result(arrived: Sequence[bool]) -> LoadResult:
@@ -142,7 +148,7 @@ def _when_all_are_done(futures: Sequence[Future[bool]], then: Callable[[list[boo
 
 def _outcome(future: Future[bool]) -> bool:
     try:
-        return future.result()
+        return not future.cancelled() and future.result()
     except Exception:
         _log.exception("rows could not be loaded")
         return False

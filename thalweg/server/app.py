@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import thalweg
 from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableError, nearest
-from thalweg.server.access import ApiKeys, KeyCheck
+from thalweg.server.access import MAX_BODY_BYTES, ApiKeys, ForbiddenError, KeyCheck, caller_of
 from thalweg.server.chat import chat_completions, encode_conversation
 from thalweg.server.completions import completions
 from thalweg.server.live import add_live_page
@@ -25,13 +25,13 @@ from thalweg.server.messages_input import CountBody, MessagesBody
 from thalweg.server.responses import responses
 from thalweg.server.responses_input import ResponsesBody
 from thalweg.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
-from thalweg.server.service import MAX_BODY_BYTES, Service
+from thalweg.server.service import Service
 from thalweg.server.wire import error_response
 from thalweg.types import CACHE_TIERS
 
 
 class BodyTooLargeError(RequestError):
-    """The body is over MAX_BODY_BYTES."""
+    """The body is over MAX_BODY_BYTES, or over what the API key allows."""
 
     status = 413
     kind = "body_too_large"
@@ -77,14 +77,17 @@ async def _bytes_of(request: Request) -> bytes:
     if kind != "application/json" and not kind.endswith("+json"):
         raise WrongContentTypeError(f"content-type is {kind!r}; it must be application/json", param="content-type")
     declared = request.headers.get("content-length", "0")
+    own = caller_of(request).limits.max_body_bytes
+    most = MAX_BODY_BYTES if own is None else own
     body = bytearray()
-    if declared.isdigit() and int(declared) <= MAX_BODY_BYTES:
+    if declared.isdigit() and int(declared) <= most:
         async for part in request.stream():
             body += part
-            if len(body) > MAX_BODY_BYTES:
+            if len(body) > most:
                 break
-    if len(body) > MAX_BODY_BYTES or not declared.isdigit() or int(declared) > MAX_BODY_BYTES:
-        raise BodyTooLargeError(f"the body is larger than the limit of {MAX_BODY_BYTES} bytes")
+    if len(body) > most or not declared.isdigit() or int(declared) > most:
+        of_key = "" if own is None else ", max_body_bytes of this API key"
+        raise BodyTooLargeError(f"the body is larger than the limit of {most} bytes{of_key}")
     return bytes(body)
 
 
@@ -225,6 +228,8 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.post("/flush_cache")
     @app.post("/reset_prefix_cache")
     async def reset(request: Request) -> dict[str, int]:
+        if not caller_of(request).admin:
+            raise ForbiddenError("this forgets what all callers have cached; it takes an API key with admin = true")
         tiers = _tiers_of(request)
         return {"forgotten_tokens": await asyncio.to_thread(runtime.engine.reset_prefix_cache, tiers)}
 

@@ -79,6 +79,7 @@ async def start_conversation(service: Service, body: ChatBody, request: Request,
     rules = await service.output_rules.make(wishes, encoded.starts_in)
     tokenizer = service.runtime.tokenizer
     prompt = Prompt(np.array(encoded.token_ids, np.int32), encoded.boundaries, body.priority or 0)
+    service.check_limits(cache.caller, [prompt], body.n or 1)
     generations: list[Generation] = []
     try:
         for choice in range(body.n or 1):

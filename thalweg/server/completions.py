@@ -38,6 +38,7 @@ async def completions(service: Service, body: CompletionBody, request: Request) 
     prompts = [replace(prompt, priority=body.priority or 0) for prompt in await _prompts(service, body)]
     stops, count = body.stops(), body.n or 1
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default of this endpoint
+    service.check_limits(cache.caller, prompts, count)
     generations: list[Generation] = []
     try:
         for prompt in prompts:

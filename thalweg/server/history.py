@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from thalweg.engine.engine import EngineStatus
+from thalweg.engine.status import EngineStatus
 from thalweg.metrics.finished import FinishedRequest
 from thalweg.server.record import RequestRecord
 

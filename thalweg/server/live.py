@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import thalweg
-from thalweg.engine.engine import EngineStatus
 from thalweg.engine.runtime import Runtime
+from thalweg.engine.status import EngineStatus
 from thalweg.memory.capacity import CachePlan
 from thalweg.metrics.finished import FinishedRequest
 from thalweg.metrics.prometheus import TierGauges

@@ -81,6 +81,12 @@ class RequestRecord:
         """Its client left before its end."""
         self._end("cancelled", None)
 
+    @property
+    def queued(self) -> bool:
+        """Whether, as far as the engine told, nothing of it has begun, not even loading."""
+        known = self.timeline()
+        return self.usage is None and (known is None or (known.loading is None and known.started is None))
+
     def timeline(self) -> Timeline | None:
         """When what happened, as far as the engine told: with each output, and in its snapshots before."""
         told = self.usage.timeline if self.usage is not None else self._timelines().get(self.request_id)

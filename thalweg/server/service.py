@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
 from thalweg.engine.runtime import Runtime
-from thalweg.errors import RequestError, UnknownModelError, nearest
+from thalweg.errors import ContextLengthError, OverloadedError, RequestError, UnknownModelError, nearest
 from thalweg.metrics.finished import FinishedRequest
 from thalweg.metrics.prometheus import EngineGauges, PoolGauges, RequestMetrics
 from thalweg.metrics.vllm_names import ModelLabels
@@ -25,7 +25,6 @@ from thalweg.server.repeats import RepeatWatch
 from thalweg.server.request_log import log_finished
 from thalweg.types import GenerateRequest, OutputRules, SamplingParams, Timeline, TokenArray
 
-MAX_BODY_BYTES = 64 * 2**20
 LONG_TEXT = 20_000  # characters above which work leaves the event loop: about 10 ms of encoding
 
 Result = TypeVar("Result")
@@ -91,6 +90,28 @@ class Service:
         if ids and max(ids) >= 2**31:
             raise RequestError("the prompt has a token id outside the vocabulary", param="prompt")
         return Prompt(np.array(ids, np.int32))
+
+    def check_limits(self, caller: Caller, prompts: Sequence[Prompt], choices: int) -> None:
+        """Whether the caller's API key may have so many choices of each prompt now.
+
+        Raises ContextLengthError or RequestError where it never may, OverloadedError where it may later.
+        """
+        limits, wanted = caller.limits, len(prompts) * choices
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        if limits.max_prompt_tokens is not None and longest > limits.max_prompt_tokens:
+            raise ContextLengthError(
+                f"{longest} prompt tokens exceed max_prompt_tokens of this API key, {limits.max_prompt_tokens}",
+                param="prompt",
+            )
+        records = self.history.ledger(caller.tenant).open.values()
+        most = limits.max_parallel_requests
+        if most is not None and wanted > most:
+            raise RequestError(f"{wanted} choices exceed max_parallel_requests of this API key, {most}", param="n")
+        if most is not None and len(records) + wanted > most:
+            raise OverloadedError(f"{len(records)} requests are open; max_parallel_requests of this API key is {most}")
+        most = limits.max_queued_requests
+        if most is not None and (queued := sum(record.queued for record in records)) >= most:
+            raise OverloadedError(f"{queued} requests are queued; max_queued_requests of this API key is {most}")
 
     def start(
         self,
