@@ -71,7 +71,6 @@ def test_what_has_no_effect_is_said_and_own_flags_are_left_alone() -> None:
         (("--tool-call-parser=hermes",), "--tool-call-parser: 'hermes' is not auto or deepseek_v4"),
         (("--block-size",), "--block-size: a value is missing"),
         (("--gpu-memory-utilization", "1.5"), "memory_utilization: 1.5 is not above 0 and at most 1"),
-        (("--gpu-memory-utilization", "0.5", "--kv-cache-memory", "1GiB"), "kv_cache_memory is set too"),
         (("--hicache-ratio", "-1"), "kv_host_ratio: -1.0 is below 0"),
     ],
 )

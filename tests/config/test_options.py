@@ -93,6 +93,7 @@ def test_every_option_can_be_set_in_every_place(tmp_path: Path) -> None:
         "kv_cache_memory": 2**30, "enable_prefix_caching": False, "checkpoint_interval": 0, "chat_encoding": "later",
         "max_waiting": 5, "threads": 1, "window_policy": "interval:4096", "kv_host_memory": 2**20, "kv_disk_dir": "d",
         "kv_disk_space": 2**25, "shadow_rate": 0.25, "max_queue_seconds": 2.5,
+        "memory_utilization": 0.5, "kv_host_ratio": 2.0,
     }  # fmt: skip
     wanted = EngineOptions(**given)
     assert set(given) == set(EngineOptions.__dataclass_fields__)

@@ -49,7 +49,7 @@ Utilization = Annotated[
         "--gpu-memory-utilization",
         "--mem-fraction-static",
         "--memory-utilization",
-        help="Instead: the share of the device's memory that weights and pools take.",
+        help="Without --kv-cache-memory: the share of the memory that weights and pools take.",
     ),
 ]
 PrefixCaching = Annotated[

@@ -39,7 +39,7 @@ class EngineOptions:
     max_num_seqs: int = 16  # running requests
     max_num_batched_tokens: int = 1024  # tokens of one step
     kv_cache_memory: int | None = None  # bytes of all pools
-    memory_utilization: float | None = None  # instead: weights and pools take this share of the device's memory
+    memory_utilization: float | None = None  # where that is not set: weights and pools, as a share of the memory
     enable_prefix_caching: bool = True
     window_policy: str = "boundary"  # boundary, full, interval:K, exact-replay, bounded-replay (approximate)
     checkpoint_interval: int = 4096  # boundary policy: tokens between checkpoints kept of a long prompt; 0: none
@@ -111,10 +111,6 @@ def _check(options: EngineOptions) -> None:
     if options.memory_utilization is not None and not 0 < options.memory_utilization <= 1:
         raise ConfigError(
             f"memory_utilization: {options.memory_utilization} is not above 0 and at most 1", param="memory_utilization"
-        )
-    if options.memory_utilization is not None and options.kv_cache_memory is not None:
-        raise ConfigError(
-            "memory_utilization: kv_cache_memory is set too; leave one of them out", param="memory_utilization"
         )
     if not 0 <= options.kv_host_ratio < float("inf"):
         raise ConfigError(f"kv_host_ratio: {options.kv_host_ratio} is below 0 or not finite", param="kv_host_ratio")
