@@ -7,7 +7,7 @@ from typing import Any
 import schemathesis
 
 MOST_TOKENS, MOST_CHOICES = 4, 2
-LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # What limits an answer that may otherwise be as long as the context.
 LIMIT_OF = {"/chat/completions": "max_tokens", "/responses": "max_output_tokens"}
 
@@ -17,7 +17,7 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     body = case.body
     if not isinstance(body, dict):
         return
-    for name in LIMITS:
+    for name in (*LIMITS, "min_tokens"):
         if isinstance(body.get(name), int) and body[name] > MOST_TOKENS:
             body[name] = MOST_TOKENS
     limit = next((name for ending, name in LIMIT_OF.items() if case.path.endswith(ending)), None)
