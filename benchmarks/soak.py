@@ -37,7 +37,7 @@ FLAGS = (
     "--threads", "1", "--max-num-seqs", "4", "--max-num-batched-tokens", "512", "--max-model-len", "65536",
     "--kv-cache-memory", "128MiB", "--kv-host-memory", "32MiB", "--kv-disk-space", "64MiB", "--disable-log-requests",
 )  # fmt: skip
-PATIENCE_SECONDS = 240.0  # without a byte: then a request counts as unanswered
+PATIENCE_SECONDS = 900.0  # without a byte: then a request counts as unanswered
 LEAVING_SHARE, LATEST_LEAVE_SECONDS = 0.25, 3.0
 WARM_SHARE = 0.4  # of the run: by then pools, tiers and histories are full
 
