@@ -2,7 +2,8 @@
 
 aiperf (every API and both ways to count tokens) and guidellm run as their users run them, each in an environment of its
 own: `pip install aiperf==0.13.0`, `pip install guidellm==0.8.1`. One JSON line per run: the tool's main figures, which
-of its figures stayed empty, and what it complained of. A healthy server leaves both lists empty.
+of its figures stayed empty, and what it complained of. A healthy server leaves both lists empty, but for Responses:
+aiperf does not read the usage of answers that their limit cut, which end with response.incomplete as at OpenAI's.
 """
 
 from __future__ import annotations
