@@ -280,6 +280,7 @@ def _tools(tools: list[Any], origin: Origin) -> list[dict[str, Any]]:
             "name": tool.get("name"),
             "description": tool.get("description"),
             "parameters": tool["input_schema"],
+            "strict": True if tool.get("strict") else None,
         }
         origin.tools.append(path)
         read.append({"type": "function", "function": {k: v for k, v in function.items() if v is not None}})
