@@ -176,8 +176,17 @@ def test_a_failure_in_mid_stream_is_an_error_event(runtime: Runtime) -> None:
         ),
         ({"messages": [*HELLO, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f",
           "input": {}}]}]}, "without results"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "t", "content": False}]}]},
+            "messages[1].content[0].content must be",
+        ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type 'web_search_20250305'"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        (
+            {"tools": [{"name": "f", "strict": True, "input_schema": {"properties": {"a": {"not": {}}}}}]},
+            "tools[0].input_schema.properties.a.not is a keyword that cannot be enforced here, which strict asks for",
+        ),
         ({"tools": [{"name": "", "input_schema": {}}]}, "tools[0].name must be a string"),
         ({"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]}, "tools[0].defer_loading"),
         ({"stop_sequences": [""]}, "stop_sequences has an empty string"),

@@ -213,6 +213,19 @@ def test_what_codex_sends_is_taken(http: httpx.Client) -> None:
         ({"tools": [*TOOLS, *TOOLS]}, "tools[1].name", "two tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "wether"}}, "tool_choice.name", "'weather'"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "allowed_tools"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "custom", "name": "", "namespace": {}}},
+            "tool_choice.namespace",
+            "string",
+        ),
+        ({"tools": [{"type": "custom", "name": "a", "description": ["b"]}]}, "tools[0].description", "string"),
+        ({"tools": [{"type": "custom", "name": "a", "format": False}]}, "tools[0].format", "object"),
+        ({"input": [{"type": "reasoning", "content": 0}]}, "input[0].content", "string or a list"),
+        (
+            {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "namespace": 5}]},
+            "input[0].namespace",
+            "string",
+        ),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored"),
         ({"conversation": "c"}, "conversation", "not a supported field"),
         ({"background": True}, "background", "False"),
@@ -233,6 +246,12 @@ def test_bad_fields_are_named_in_the_clients_words(http: httpx.Client, fields: d
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param and words in error["message"], error
+
+
+def test_stream_options_of_benchmark_clients_are_accepted(http: httpx.Client) -> None:
+    """The usage is in the last event anyway."""
+    body = {"input": "hello", "max_output_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
+    assert '"usage":{"input_tokens":' in http.post(PATH, json=body).text.splitlines()[-2]
 
 
 def test_formats_and_forced_tools_are_for_chat_to_take_or_refuse(http: httpx.Client) -> None:

@@ -20,7 +20,7 @@ from thalweg.cache.policy import CheckpointReason
 from thalweg.cache.retention import priority, risen
 from thalweg.types import TokenArray
 
-_EVICTED_REMEMBERED = 1 << 16  # digests kept to tell `evicted` from `diverged`; 2 MiB at most
+_EVICTED_REMEMBERED = 1 << 16  # digests kept to tell `evicted` from `diverged`; 9 MiB at most
 _ROOTS_KEPT = 4096  # namespaces; beyond that, those without a unit are forgotten
 
 Blocks = Mapping[Group, tuple[int, ...]]

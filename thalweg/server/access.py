@@ -122,7 +122,7 @@ class KeyCheck:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN or scope["path"].startswith("/health/"):
+        if scope["type"] != "http" or is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         key = _shown_key(Request(scope))
@@ -135,6 +135,11 @@ class KeyCheck:
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
+
+
+def is_open(path: str) -> bool:
+    """Whether a path needs no API key."""
+    return path in _OPEN or path.startswith("/health/")
 
 
 def caller_of(request: Request) -> Caller:

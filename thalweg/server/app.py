@@ -12,16 +12,19 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import thalweg
-from thalweg.errors import EngineError, RequestError, ThalwegError, UnavailableError, nearest
+from thalweg.errors import CancelledError, EngineError, RequestError, ThalwegError, UnavailableError, nearest
 from thalweg.server.access import MAX_BODY_BYTES, ApiKeys, ForbiddenError, KeyCheck, caller_of
 from thalweg.server.chat import chat_completions, encode_conversation
 from thalweg.server.completions import completions
 from thalweg.server.live import add_live_page
 from thalweg.server.messages import count_tokens, messages
 from thalweg.server.messages_input import CountBody, MessagesBody
+from thalweg.server.openapi import api_document
+from thalweg.server.profile import Profile
 from thalweg.server.responses import responses
 from thalweg.server.responses_input import ResponsesBody
 from thalweg.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
@@ -54,7 +57,7 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         watch.cancel()
         service.runtime.engine.close()
 
-    app = FastAPI(title="thalweg", version=thalweg.__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="thalweg", version=thalweg.__version__, lifespan=lifespan, openapi_url=None)
     wants_key = keys is not None and bool(keys.names)
     if keys is not None and wants_key:
         app.add_middleware(KeyCheck, keys=keys)
@@ -62,14 +65,29 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
     _add_models(app, service)
     _add_generation(app, service)
     _add_operations(app, service)
+    _add_text(app, service)
     add_live_page(app, service, wants_key=wants_key)
+    document = api_document(app.routes, service.runtime.model_name, wants_key=wants_key)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return JSONResponse(document)
+
     return app
 
 
 async def read_body(service: Service, request: Request, kind: type[Body]) -> Body:
     """The checked JSON body; a large one is parsed off the event loop. Raises RequestError saying what is wrong."""
-    body = await _bytes_of(request)
+    body = await body_of(request)
     return await service.off_loop(len(body), lambda: parse_body(kind, _json_of(body)))
+
+
+async def body_of(request: Request) -> bytes:
+    """The whole body. Raises RequestError if its type or size is wrong, CancelledError if the client leaves within."""
+    try:
+        return await _bytes_of(request)
+    except ClientDisconnect:
+        raise CancelledError("the client disconnected within its request") from None
 
 
 async def _bytes_of(request: Request) -> bytes:
@@ -232,6 +250,20 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             raise ForbiddenError("this forgets what all callers have cached; it takes an API key with admin = true")
         tiers = _tiers_of(request)
         return {"forgotten_tokens": await asyncio.to_thread(runtime.engine.reset_prefix_cache, tiers)}
+
+    profile = Profile(runtime.engine.status)
+
+    @app.post("/start_profile")
+    async def start_profile() -> dict[str, str]:
+        return profile.start()
+
+    @app.post("/stop_profile")
+    async def stop_profile() -> dict[str, Any]:
+        return profile.stop()
+
+
+def _add_text(app: FastAPI, service: Service) -> None:
+    runtime = service.runtime
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def _call(block: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def _result(block: Mapping[str, Any], path: str) -> dict[str, Any]:
     content = block.get("content")
-    texts = [content] if isinstance(content, str) else _texts(content or [], f"{path}.content")
+    texts = [content] if isinstance(content, str) else _texts([] if content is None else content, f"{path}.content")
     answered = text_of(block.get("tool_use_id"), f"{path}.tool_use_id")
     return {"role": "tool", "tool_call_id": answered, "content": "\n\n".join(texts)}
 
@@ -280,6 +280,7 @@ def _tools(tools: list[Any], origin: Origin) -> list[dict[str, Any]]:
             "name": tool.get("name"),
             "description": tool.get("description"),
             "parameters": tool["input_schema"],
+            "strict": True if tool.get("strict") else None,
         }
         origin.tools.append(path)
         read.append({"type": "function", "function": {k: v for k, v in function.items() if v is not None}})

@@ -64,3 +64,8 @@ def text_of(value: object, path: str) -> str:
     if not isinstance(value, str):
         raise RequestError(f"{path} must be a string", param=path)
     return value
+
+
+def optional_text_of(value: object, path: str) -> str | None:
+    """A string, or None for null. Raises RequestError naming the path."""
+    return None if value is None else text_of(value, path)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
 
 from thalweg.errors import RequestError, nearest
-from thalweg.server.origin import Origin, check_fields, text_of
+from thalweg.server.origin import Origin, check_fields, optional_text_of, text_of
 from thalweg.server.responses_tools import Toolbox, ToolName, custom_arguments
 from thalweg.server.schemas import ApiBody, ChatBody, Count, Share, Temperature, parse_body
 from thalweg.server.sealed import unseal
@@ -65,9 +65,10 @@ class TextBody(_Part):
 
 
 class ResponsesStreamOptions(_Part):
-    """Nothing is obfuscated, whatever it says."""
+    """Nothing is obfuscated, whatever it says; and the last event always has the usage."""
 
     include_obfuscation: StrictBool | None = None
+    include_usage: StrictBool | None = None
 
 
 Included = Literal[
@@ -194,7 +195,8 @@ class _Items:
 
     def _reasoning(self, item: Mapping[str, Any], path: str) -> None:
         """The reasoning in full, or from our own encrypted content; another server's cannot be read."""
-        text = _text(item.get("content") or "", f"{path}.content", ("reasoning_text", "text"))
+        content = "" if item.get("content") is None else item["content"]
+        text = _text(content, f"{path}.content", ("reasoning_text", "text"))
         sealed = item.get("encrypted_content")
         text = text or (isinstance(sealed, str) and unseal(sealed)) or ""
         if self._turn is not None and (self._turn["content"] is not None or "tool_calls" in self._turn):
@@ -205,9 +207,9 @@ class _Items:
             turn["reasoning_content"] = f"{before}\n{text}" if before else text
 
     def _call(self, item: Mapping[str, Any], path: str) -> None:
-        namespace = item.get("namespace")
+        namespace = optional_text_of(item.get("namespace"), f"{path}.namespace")
         custom = item.get("type") == "custom_tool_call"
-        name = ToolName(text_of(item.get("name"), f"{path}.name"), namespace if isinstance(namespace, str) else None)
+        name = ToolName(text_of(item.get("name"), f"{path}.name"), namespace)
         given = text_of(item.get("input" if custom else "arguments"), f"{path}.{'input' if custom else 'arguments'}")
         function = {"name": name.function, "arguments": custom_arguments(given) if custom else given}
         call = {"id": text_of(item.get("call_id"), f"{path}.call_id"), "type": "function", "function": function}
@@ -247,7 +249,8 @@ def _tool_choice(choice: Any, toolbox: Toolbox) -> Any:
     if fields.get("type") not in ("function", "custom"):
         kind = fields.get("type")
         raise RequestError(f"tool_choice.type {kind!r:.80} is not supported", param="tool_choice.type")
-    name = ToolName(text_of(fields.get("name"), "tool_choice.name"), fields.get("namespace"))
+    namespace = optional_text_of(fields.get("namespace"), "tool_choice.namespace")
+    name = ToolName(text_of(fields.get("name"), "tool_choice.name"), namespace)
     if name.function not in toolbox.names:
         hint = nearest(name.function, toolbox.names)
         raise RequestError(f"tool_choice.name: no tool {name.name!r}.{hint}", param="tool_choice.name")

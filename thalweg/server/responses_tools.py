@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thalweg.errors import RequestError, nearest
-from thalweg.server.origin import Origin, check_fields, text_of
+from thalweg.server.origin import Origin, check_fields, optional_text_of, text_of
 
 # Tools that OpenAI's servers run. Codex declares them to every server; the model is not told of them.
 NOT_OFFERED = ("web_search", "web_search_2025_08_26", "web_search_preview", "image_generation", "tool_search")
@@ -73,7 +73,7 @@ class Toolbox:
         name = ToolName(text_of(tool.get("name"), f"{path}.name"), namespace, kind == "custom")
         if name.function in self.names:
             raise RequestError(f"{path}.name: there are two tools {name.function!r}", param=f"{path}.name")
-        if tool.get("defer_loading"):
+        if tool.get("defer_loading") not in (None, False):
             message = f"{path}.defer_loading is not supported: every tool is shown to the model"
             raise RequestError(message, param=f"{path}.defer_loading")
         described = _custom(tool, path) if name.custom else _function(tool)
@@ -98,8 +98,10 @@ def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 def _custom(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A function whose one argument is the input. A grammar is described to the model, not enforced."""
-    parts = [tool["description"]] if tool.get("description") else []
-    form = check_fields(tool.get("format") or {"type": "text"}, ("type", "syntax", "definition"), f"{path}.format")
+    description = optional_text_of(tool.get("description"), f"{path}.description")
+    parts = [description] if description else []
+    given = {"type": "text"} if tool.get("format") is None else tool["format"]
+    form = check_fields(given, ("type", "syntax", "definition"), f"{path}.format")
     if form.get("type") == "grammar":
         syntax = text_of(form.get("syntax"), f"{path}.format.syntax")
         definition = text_of(form.get("definition"), f"{path}.format.definition")
