@@ -440,3 +440,22 @@ def test_two_processes_share_one_cap(directory: Path) -> None:
     assert process.returncode == 0 and CAPACITY < most <= 2 * CAPACITY and tier.usage().read_failures == 0
     is_sound(tier, own[-100:] + [rows(chain(7, number), 0, 2, 250_000) for number in range(80)])
     tier.close()
+
+
+def test_a_file_that_goes_while_a_directory_is_listed_is_not_in_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / "stays").write_bytes(b"1")
+    (directory / "goes").write_bytes(b"22")
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def others_delete(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            found = list(entries)
+        (path / "goes").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", others_delete)
+    assert {name: state.st_size for name, state in Files().listing(directory).items()} == {"stays": 1}

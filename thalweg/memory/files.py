@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _MOST_BYTES = 1 << 30  # of one call; the system's own limit is 2 GiB
@@ -72,6 +73,7 @@ class Files:
         found = {}
         with os.scandir(directory) as entries:
             for entry in entries:
-                if entry.is_file(follow_symlinks=False):
-                    found[entry.name] = entry.stat(follow_symlinks=False)
+                with suppress(FileNotFoundError):  # another process may delete one meanwhile
+                    if entry.is_file(follow_symlinks=False):
+                        found[entry.name] = entry.stat(follow_symlinks=False)
         return found
