@@ -98,7 +98,7 @@ def test_kernels_with_numbers_from_the_host(library: Library, kernels: Kernels, 
 
 def test_what_cannot_be_repeated_is_computed_and_said(library: Library, caplog: pytest.LogCaptureFixture) -> None:
     elsewhere = torch.randn(5, 8)  # neither an input nor kept
-    caplog.set_level("INFO", logger="thalweg.kernels")
+    caplog.set_level("WARNING", logger="thalweg.kernels")
     for compute, said in (
         (lambda x, ids: x.exp(), "aten.exp"),
         (lambda x, ids: elsewhere[ids], "an argument of gather_rows"),

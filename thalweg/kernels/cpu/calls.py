@@ -115,7 +115,7 @@ class Calls:
         if noted is None:
             if recording.foreign not in self._reasons:  # once each: the log says what is slower than it could be
                 self._reasons.add(recording.foreign)
-                _log.info("some small steps are computed call by call: %s", recording.foreign)
+                _log.warning("some small steps are computed call by call: %s", recording.foreign)
             self._refused.add(shape)
         else:
             self._remember(shape, noted)
