@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 _MOST_BYTES = 1 << 30  # of one call; the system's own limit is 2 GiB
@@ -70,10 +70,14 @@ class Files:
 
     def listing(self, directory: Path) -> dict[str, os.stat_result]:
         """Name and state of each plain file in a directory."""
-        found = {}
         with os.scandir(directory) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # another process may delete one meanwhile
-                    if entry.is_file(follow_symlinks=False):
-                        found[entry.name] = entry.stat(follow_symlinks=False)
-        return found
+            states = [(entry.name, _state(entry)) for entry in entries]
+        return {name: state for name, state in states if state is not None and stat.S_ISREG(state.st_mode)}
+
+
+def _state(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """None if another process has deleted it meanwhile."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
