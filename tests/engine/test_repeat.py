@@ -8,26 +8,16 @@ import pytest
 import torch
 
 from tests.engine.assembly import MODELS, RecordingSampler, Shape, engine_of, prompt_of, submit
+from tests.kernels.backends import COMPILED
 from tests.model.fields import FLASH_LIKE
-from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
 from thalweg.kernels.ops import Repeat
 from thalweg.memory.layout import RowFormat
 
 FLOAT32, BFLOAT16, FP8, FP4 = RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.FP8, RowFormat.FP4
 FORMATS = [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (FP8, FP4), (FP8, FP8)]
 LENGTHS = (1, 60, 131, 300)
+LEVELS = [name.removeprefix("cpu-") for name in COMPILED]  # lowest first
 OUTPUT = 140  # crosses the end of an entry of 128 tokens
-
-
-def usable_levels() -> list[str]:
-    usable = []
-    for level in built_levels():
-        try:
-            load_library(level)
-        except LibraryMissing:
-            continue
-        usable.append(level.value)
-    return usable
 
 
 def logits(fields: dict[str, Any], shape: Shape, *, repeated: bool) -> tuple[dict[str, dict[int, torch.Tensor]], Any]:
@@ -48,7 +38,7 @@ def logits(fields: dict[str, Any], shape: Shape, *, repeated: bool) -> tuple[dic
 
 
 @pytest.mark.parametrize(("kv", "index"), FORMATS)
-@pytest.mark.parametrize("level", usable_levels()[-1:])
+@pytest.mark.parametrize("level", LEVELS[-1:])
 def test_bits_in_every_format(fields: dict, level: str, kv: RowFormat, index: RowFormat) -> None:
     shape = Shape(kernels=level, kv=kv, index=index, prefix_caching=False)
     expected, _ = logits(fields, shape, repeated=False)
@@ -59,7 +49,7 @@ def test_bits_in_every_format(fields: dict, level: str, kv: RowFormat, index: Ro
         assert all(torch.equal(row, found[name][place]) for place, row in rows.items()), name
 
 
-@pytest.mark.parametrize("level", usable_levels()[:-1])
+@pytest.mark.parametrize("level", LEVELS[:-1])
 def test_bits_at_every_level(level: str) -> None:
     shape = Shape(kernels=level, prefix_caching=False)
     expected, _ = logits(FLASH_LIKE, shape, repeated=False)

@@ -39,14 +39,14 @@ _IGNORED = {
 _V4 = ("auto", "deepseek_v4", "deepseekv4", "deepseek-v4")
 _ONLY: dict[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(
-        ("tensor-parallel-size", "tp-size", "tp", "data-parallel-size", "dp-size", "dp", "ep-size", "ep"),
+        (
+            "tensor-parallel-size", "tp-size", "tp", "data-parallel-size", "dp-size", "dp", "ep-size", "ep",
+            "pipeline-parallel-size",
+        ),
         (("1",), _ONE_DEVICE),
     ),
-    "pipeline-parallel-size": (("1",), _ONE_DEVICE),
-    "reasoning-parser": (_V4, "V4's own is always used"),
-    "tokenizer-mode": (_V4, "V4's own is always used"),
-    "tool-call-parser": (_V4, "V4's own is always used"),
-}
+    **dict.fromkeys(("reasoning-parser", "tokenizer-mode", "tool-call-parser"), (_V4, "V4's own is always used")),
+}  # fmt: skip
 _TRANSLATED: dict[str, Callable[[str], list[str]]] = {
     "kv-disk-space-mb": lambda value: ["--kv-disk-space", f"{value}MB"],
     "kv-offloading-size": lambda value: ["--kv-host-memory", f"{value}GiB"],
@@ -65,9 +65,12 @@ def own_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     left = iter(arguments)
     for argument in left:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or not _takes_value(name):
-            _take_switch(argument, name if argument.startswith("--") else "", own, notes)
+        name, equals, value = argument[2:].partition("=") if argument.startswith("--") else ("", "", "")
+        if name in _SWITCHES:
+            notes.append(f"--{name} has no effect: {_SWITCHES[name]}")
+            continue
+        if name not in _IGNORED and name not in _ONLY and name not in _TRANSLATED:
+            own.append(_RENAMED.get(name, argument))
             continue
         if not equals:
             value = next(left, "")
@@ -81,14 +84,3 @@ def own_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
             raise ConfigError(f"--{name}: {value!r} is not {' or '.join(allowed)}: {why}", param=name)
         notes.append(f"--{name} {value} has no effect: {_IGNORED.get(name) or _ONLY[name][1]}")
     return own, notes
-
-
-def _takes_value(name: str) -> bool:
-    return name in _IGNORED or name in _ONLY or name in _TRANSLATED
-
-
-def _take_switch(argument: str, name: str, own: list[str], notes: list[str]) -> None:
-    if name in _SWITCHES:
-        notes.append(f"--{name} has no effect: {_SWITCHES[name]}")
-    else:
-        own.append(_RENAMED.get(name, argument))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class BatchBuilder:
     def build(self, plan: StepPlan) -> StepInputs:
         """All inputs of one forward pass; its rows are the plan's tokens, sequence after sequence."""
         items = plan.sequences
-        offsets = _offsets(item.tokens for item in items)
+        offsets = Ints.offsets(item.tokens for item in items)
         past = [self._slots("window", item, self._past_start(item), item.start) for item in items]
         numbers = _Numbers()
         numbers.put(chain.from_iterable(i.running.sequence.tokens[i.start : i.end].tolist() for i in items))
@@ -69,9 +69,9 @@ class BatchBuilder:
             positions=next(tensors),
             segments=Segments(offsets, Ints(item.start for item in items)),
             output_rows=next(tensors),
-            output_segments=Segments(_offsets(int(i.samples) for i in items), Ints(i.end - 1 for i in items)),
+            output_segments=Segments(Ints.offsets(int(i.samples) for i in items), Ints(i.end - 1 for i in items)),
             past_slots=next(tensors),
-            past_offsets=_offsets(len(p) for p in past),
+            past_offsets=Ints.offsets(len(p) for p in past),
             window_writes=RowWrites(next(tensors), next(tensors)),
             blocks={name: self._blocks(name, items) for name in ("csa", "index", "hca") if name in self._streams},
             csa=self._taken_compressor("csa", tensors),
@@ -87,7 +87,7 @@ class BatchBuilder:
         lists = [i.running.cache.growing[spec.group].ids(-(-i.end // spec.tokens_per_block)) for i in items]
         ids = lists[0] if len(lists) == 1 else np.concatenate(lists)
         return BlockLists(
-            torch.from_numpy(ids).to(self._device), _offsets(len(x) for x in lists), stream.rows_per_block
+            torch.from_numpy(ids).to(self._device), Ints.offsets(len(x) for x in lists), stream.rows_per_block
         )
 
     def _slots(self, name: str, item: SequencePlan, start: int, end: int) -> list[int]:
@@ -144,8 +144,8 @@ class BatchBuilder:
         """Inputs of all compressors of one ratio, in the order in which `_taken_compressor` takes them; those of CSA
         layers overlap with the window before."""
         ratio, overlap = self._ratios[kind], kind == "csa"
-        self._put_gather(numbers, f"pending_{kind}", items, offsets, ratio, 0)
         windows = [_windows(item, ratio) for item in items]
+        self._put_gather(numbers, f"pending_{kind}", items, offsets, windows, ratio, 0)
         numbers.put(chain.from_iterable(range(w.start * ratio, w.stop * ratio, ratio) for w in windows))
         for name in ("csa", "index") if overlap else ("hca",):
             numbers.put(
@@ -156,7 +156,7 @@ class BatchBuilder:
         open_from = [max(item.start, item.end // ratio * ratio) for item in items]
         self._put_writes(numbers, f"pending_{kind}", items, offsets, open_from)
         if overlap:
-            self._put_gather(numbers, "tail_csa", items, offsets, ratio, ratio)
+            self._put_gather(numbers, "tail_csa", items, offsets, windows, ratio, ratio)
             self._put_writes(numbers, "tail_csa", items, offsets, [item.start for item in items])
 
     def _taken_compressor(self, kind: str, tensors: Iterator[Tensor]) -> CompressorInputs | None:
@@ -179,31 +179,31 @@ class BatchBuilder:
         name: str,
         items: SequenceOf[SequencePlan],
         offsets: tuple[int, ...],
+        windows: SequenceOf[range],
         ratio: int,
         behind: int,
     ) -> None:
         """The cached slots that the finished windows need, then where the tokens of each lie: [E, ratio] into
         cat(cached rows, new rows). `behind` shifts the window back by so many tokens; -1 stands for tokens before the
         sequence."""
-        if not any(_windows(item, ratio) for item in items):
+        if not any(windows):
             numbers.put(())
             numbers.put(())
             return
         begins = [item.running.cache.state_from for item in items]
         reads = [  # of a sequence that finishes no window: nothing
-            max(begin, item.start // ratio * ratio - behind) if _windows(item, ratio) else item.start
-            for begin, item in zip(begins, items, strict=True)
+            max(begin, item.start // ratio * ratio - behind) if own else item.start
+            for begin, item, own in zip(begins, items, windows, strict=True)
         ]
-        counts = _offsets(max(0, item.start - read) for item, read in zip(items, reads, strict=True))
+        counts = Ints.offsets(max(0, item.start - read) for item, read in zip(items, reads, strict=True))
         numbers.put(
             chain.from_iterable(
                 self._slots(name, item, read, item.start) for item, read in zip(items, reads, strict=True)
             )
         )
         places: list[int] = []
-        for n, (item, begin) in enumerate(zip(items, begins, strict=True)):
-            windows = _windows(item, ratio)
-            first, last = windows.start * ratio - behind, windows.stop * ratio - behind
+        for n, (item, begin, own) in enumerate(zip(items, begins, windows, strict=True)):
+            first, last = own.start * ratio - behind, own.stop * ratio - behind
             absent, cached = min(max(begin, first), last), min(max(item.start, first), last)
             in_cache = counts[n + 1] - item.start  # the cached rows of a sequence end with the token before the step
             new = offsets[n] + counts[-1] - item.start
@@ -217,7 +217,3 @@ def _windows(item: SequencePlan, ratio: int) -> range:
     """The compression windows that this step completes and writes: not those whose rows a replay finds cached."""
     first = max(item.start, item.running.cache.rows_from)
     return range(first // ratio, max(first, item.end) // ratio)
-
-
-def _offsets(counts: Iterable[int]) -> Ints:
-    return Ints((0, *accumulate(counts)))

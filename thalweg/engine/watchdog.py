@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from thalweg.engine.plan import StepPlan
-from thalweg.kernels.cpu.calls import Calls
+from thalweg.kernels.ops import Repeat
 
 PATIENCE_SECONDS = 60.0  # a large model's longest step on a slow CPU takes tens of seconds
 _log = logging.getLogger("thalweg.engine")
@@ -87,6 +87,6 @@ def _kernel(frame: FrameType | None) -> str | None:
     while frame is not None:
         if "/thalweg/kernels/" in frame.f_code.co_filename.replace("\\", "/"):
             repeat = frame.f_locals.get("self")
-            outermost = (repeat.kernel_under_way() if isinstance(repeat, Calls) else None) or frame.f_code.co_name
+            outermost = (repeat.kernel_under_way() if isinstance(repeat, Repeat) else None) or frame.f_code.co_name
         frame = frame.f_back
     return outermost

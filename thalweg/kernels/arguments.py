@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -24,6 +25,11 @@ class Ints(tuple[int, ...]):
         made.memory = array("q", made)
         made.address = made.memory.buffer_info()[0]
         return made
+
+    @classmethod
+    def offsets(cls, counts: Iterable[int]) -> Ints:
+        """Where each of several lists of these lengths begins in all of them joined, and where the last one ends."""
+        return cls(accumulate(counts, initial=0))
 
 
 @dataclass(frozen=True, slots=True)

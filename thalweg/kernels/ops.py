@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -173,6 +173,7 @@ class ReadRows(Protocol):
     def __call__(self, stored: StoredRows, slots: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
 class Repeat(Protocol):
     """Computes steps again and again; a backend may note what the first of a shape asked of its kernels.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ class Entries:
 
     def of(self, chunks: Iterable[Chunk]) -> PagedRows:
         own = [self.blocks[chunk.s] for chunk in chunks]
-        return PagedRows(self.rows, torch.cat(own), offsets(len(blocks) for blocks in own), self.block)
+        return PagedRows(self.rows, torch.cat(own), Ints.offsets(len(blocks) for blocks in own), self.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +88,13 @@ class Windows:
 
     def past(self, chunks: Iterable[Chunk], window: int) -> PastRows:
         own = [self._slots(c.s, max(self.origins[c.s], c.first - window + 1), c.first) for c in chunks]
-        return PastRows(self.rows, torch.cat(own), offsets(len(slots) for slots in own))
+        return PastRows(self.rows, torch.cat(own), Ints.offsets(len(slots) for slots in own))
 
     def new(self, chunks: Iterable[Chunk]) -> Tensor:
         return self.values[torch.cat([self._slots(c.s, c.first, c.last + 1) for c in chunks])]
 
     def _slots(self, s: int, first: int, end: int) -> Tensor:
         return self.slots[s][first - self.origins[s] : end - self.origins[s]]
-
-
-def offsets(counts: Iterable[int]) -> Ints:
-    return Ints(accumulate(counts, initial=0))
 
 
 def chunks_of(spans: tuple[Span, ...], chosen: Tensor | None) -> list[Chunk]:
@@ -119,7 +114,7 @@ def chunks_of(spans: tuple[Span, ...], chosen: Tensor | None) -> list[Chunk]:
 
 def segments(chunks: list[Chunk]) -> Segments:
     """The rows with queries."""
-    return Segments(offsets(c.queries for c in chunks), Ints(c.last + 1 - c.queries for c in chunks))
+    return Segments(Ints.offsets(c.queries for c in chunks), Ints(c.last + 1 - c.queries for c in chunks))
 
 
 def _entries(source: Source, spans: tuple[Span, ...], heads: Heads, form: Format, *, whole: bool = False) -> Entries:
@@ -181,7 +176,7 @@ def attention(shape: str, spans: tuple[Span, ...], heads: Heads, form: Format, m
         def bind(kernels: Kernels, dtype: torch.dtype) -> Bound:
             def bound(chosen: Tensor | None) -> Call:
                 chunks = chunks_of(spans, chosen)
-                keys = Segments(offsets(c.last + 1 - c.first for c in chunks), Ints(c.first for c in chunks))
+                keys = Segments(Ints.offsets(c.last + 1 - c.first for c in chunks), Ints(c.first for c in chunks))
                 past, own = windows.past(chunks, heads.window), None if entries is None else entries.of(chunks)
                 context = AttentionContext(segments(chunks), keys, past, own, heads.ratio, heads.window)
                 q = cast(query if chosen is None else query[chosen], dtype)
