@@ -245,10 +245,8 @@ def soak(seconds: float, clients: int, seed: int) -> dict[str, Any]:
         found = settled(client)
         urlopen(Request(f"{client.url}/reset_prefix_cache", method="POST")).close()
         after = settled(client)
-        idle = {
-            "files": _fewest_files(watch.process) - idle_files,
-            "open": len(json.loads(client.get("/live"))["open"]),
-        }
+        leaked_files = _fewest_files(watch.process) - idle_files
+        still_open = len(json.loads(client.get("/live"))["open"])
     return {
         "seconds": seconds,
         "clients": clients,
