@@ -229,6 +229,7 @@ def soak(seconds: float, clients: int, seed: int) -> dict[str, Any]:
     tally, stop = Tally(), threading.Event()
     with soaked_server() as (client, process, log):
         watch = Watch(psutil.Process(process))
+        settled(client)  # one that answers has opened what its event loop needs: that comes after it says it is ready
         idle_files = watch.process.num_fds()
         visitors = [
             Visitor(client.url, Traffic(documents, 1000 * seed + number), tally, stop) for number in range(clients)
@@ -245,7 +246,7 @@ def soak(seconds: float, clients: int, seed: int) -> dict[str, Any]:
         found = settled(client)
         urlopen(Request(f"{client.url}/reset_prefix_cache", method="POST")).close()
         after = settled(client)
-        leaked_files = _fewest_files(watch.process) - idle_files
+        leaked_files = watch.process.num_fds() - idle_files
         still_open = len(json.loads(client.get("/live"))["open"])
     return {
         "seconds": seconds,
@@ -263,15 +264,6 @@ def soak(seconds: float, clients: int, seed: int) -> dict[str, Any]:
         "logged_lines": log[:20],
         **watch.facts(),
     }
-
-
-def _fewest_files(process: psutil.Process, seconds: float = 3) -> int:
-    """Open files once connections that clients have closed are closed here too: that takes a moment, a leak stays."""
-    end, counts = time.monotonic() + seconds, [process.num_fds()]
-    while time.monotonic() < end:
-        time.sleep(0.1)
-        counts.append(process.num_fds())
-    return min(counts)
 
 
 def _documents() -> list[str]:
