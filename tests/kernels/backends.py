@@ -10,6 +10,7 @@ import pytest
 from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.registry import cpu_kernels, deterministic_kernels, reference_kernels
+from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
 
 
 def _compiled() -> dict[str, Callable[[], Kernels]]:
@@ -23,9 +24,17 @@ def _compiled() -> dict[str, Callable[[], Kernels]]:
     return found
 
 
+def _triton() -> dict[str, Callable[[], Kernels]]:
+    try:
+        triton_kernels()
+    except TritonMissing:
+        return {}
+    return {"triton": triton_kernels}
+
+
 COMPILED = _compiled()
-BACKENDS = {"reference": reference_kernels, "deterministic": deterministic_kernels} | COMPILED
-EXACT = {"deterministic": deterministic_kernels} | COMPILED  # a row's bits depend on that row alone
+BACKENDS = {"reference": reference_kernels, "deterministic": deterministic_kernels} | COMPILED | _triton()
+EXACT = {"deterministic": deterministic_kernels} | COMPILED | _triton()  # a row's bits depend on that row alone
 
 
 def every_backend() -> pytest.MarkDecorator:

@@ -28,7 +28,7 @@ Simulation = Annotated[
     bool | None, _option("--quantization-simulation", help="Round as FP8 KV and an FP4 index would.")
 ]
 KernelBackend = Annotated[
-    str | None, _option("--kernels", help="auto, reference, plain, avx2 or avx512: what computes on a CPU.")
+    str | None, _option("--kernels", help="auto, reference, triton, plain, avx2 or avx512: what computes.")
 ]
 Deterministic = Annotated[
     bool | None, _option("--deterministic", help="The same bits in any batch and from any cache.")

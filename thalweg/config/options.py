@@ -33,7 +33,7 @@ class EngineOptions:
     kv_cache_dtype: str = "auto"  # auto, float32, bfloat16, fp8: window, CSA and HCA rows
     index_cache_dtype: str = "auto"  # auto, float32, bfloat16, fp8, fp4: index keys
     quantization_simulation: bool = False  # round KV to FP8 and the index to FP4 as the released model was trained
-    kernels: str = "auto"  # auto, reference, plain, avx2, avx512: what computes on a CPU
+    kernels: str = "auto"  # auto, reference, triton, plain, avx2, avx512: what computes
     deterministic: bool = False  # logits bit-equal in any batch, chunking and after any cache hit
     max_model_len: int | None = None  # tokens of prompt and output
     max_num_seqs: int = 16  # running requests
@@ -122,7 +122,7 @@ def _check(options: EngineOptions) -> None:
         "dtype": ("auto", "float32", "bfloat16"),
         "kv_cache_dtype": ("auto", "float32", "bfloat16", "fp8"),
         "index_cache_dtype": ("auto", "float32", "bfloat16", "fp8", "fp4"),
-        "kernels": ("auto", "reference", "plain", "avx2", "avx512"),
+        "kernels": ("auto", "reference", "triton", "plain", "avx2", "avx512"),
         "chat_encoding": ("preview", "later"),
     }
     for name, allowed in choices.items():

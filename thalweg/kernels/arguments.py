@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,7 @@ class Ints(tuple[int, ...]):
 
     memory: array[int]
     address: int
+    copies: dict[torch.device, Tensor]
 
     def __new__(cls, values: Iterable[int]) -> Ints:
         """`values` themselves if they are Ints already."""
@@ -24,7 +26,15 @@ class Ints(tuple[int, ...]):
         made = super().__new__(cls, values)
         made.memory = array("q", made)
         made.address = made.memory.buffer_info()[0]
+        made.copies = {}
         return made
+
+    def on(self, device: torch.device) -> Tensor:
+        """int64 on a device. Copied once, however many layers ask."""
+        if device not in self.copies:
+            values = torch.frombuffer(self.memory, dtype=torch.int64) if self else torch.empty(0, dtype=torch.int64)
+            self.copies[device] = values.to(device, non_blocking=True)
+        return self.copies[device]
 
     @classmethod
     def offsets(cls, counts: Iterable[int]) -> Ints:

@@ -9,8 +9,9 @@ from thalweg.kernels.cpu.library import Level, LibraryMissing, load_library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.reference.backend import reference_kernels
+from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
 
-REFERENCE, DETERMINISTIC = "reference", "deterministic"
+REFERENCE, DETERMINISTIC, TRITON = "reference", "deterministic", "triton"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +43,12 @@ class Backend:
 
 
 def every_backend() -> tuple[Backend, ...]:
-    """Plainest first: the references, then the compiled ones from the lowest instruction set up."""
+    """Plainest first: the references, then the compiled ones from the lowest instruction set up, then Triton's."""
     return (
         Backend(REFERENCE, reference_kernels()),
         Backend(DETERMINISTIC, deterministic_kernels(), exact=True),
         *(_compiled(level) for level in Level),
+        _triton(),
     )
 
 
@@ -56,3 +58,10 @@ def _compiled(level: Level) -> Backend:
         return Backend(name, cpu_kernels(load_library(level)), exact=True, any_threads=True)
     except LibraryMissing as missing:
         return Backend(name, None, str(missing))
+
+
+def _triton() -> Backend:
+    try:
+        return Backend(TRITON, triton_kernels(), exact=True)
+    except TritonMissing as missing:
+        return Backend(TRITON, None, str(missing))

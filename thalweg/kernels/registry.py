@@ -14,6 +14,7 @@ from thalweg.kernels.cpu.library import Level, LibraryMissing, load_library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
 from thalweg.kernels.ops import Kernels, MakeRepeat
 from thalweg.kernels.reference.backend import reference_kernels
+from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
 
 __all__ = ["KernelChoice", "KernelSet", "cpu_kernels", "deterministic_kernels", "reference_kernels", "select_kernels"]
 
@@ -48,18 +49,38 @@ def select_kernels(
     compute: torch.dtype = torch.float32,
     wanted: str = "auto",
 ) -> KernelSet:
-    """The best available backend per op for a device: `wanted` is auto, reference or a Level of the compiled kernels.
+    """The best available backend per op for a device: `wanted` is auto, reference, triton or a Level of
+    the compiled kernels.
 
     Raises ConfigError if the device has no deterministic one, or none as wanted.
     """
     if deterministic and device.type != "cpu":
         raise ConfigError(f"deterministic: there are no such kernels for {device.type} yet", param="deterministic")
+    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
+        return _triton(device, wanted)
     try:
         return _compiled(device, compute, wanted)
     except LibraryMissing as missing:
         if wanted not in ("auto", "reference"):
             raise ConfigError(f"kernels: {missing}", param="kernels") from missing
         return _plain(device, deterministic, str(missing))
+
+
+def _triton(device: torch.device, wanted: str) -> KernelSet:
+    try:
+        kernels = triton_kernels()
+    except TritonMissing as missing:
+        if wanted != "auto":
+            raise ConfigError(f"kernels: {missing}", param="kernels") from missing
+        return _plain(device, False, str(missing))
+    plain = reference_kernels()
+    why = "as set" if wanted != "auto" else f"the kernels for {device.type}"
+    own = {field.name: getattr(kernels, field.name) is not getattr(plain, field.name) for field in fields(Kernels)}
+    choices = (
+        KernelChoice(op, "triton" if ours else "reference", why if ours else "torch's own is as good")
+        for op, ours in own.items()
+    )
+    return KernelSet(kernels, tuple(choices), exact=True)
 
 
 def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> KernelSet:

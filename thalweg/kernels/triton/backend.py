@@ -1,0 +1,71 @@
+"""The Triton backend as a whole, and why it may be missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from thalweg.kernels.ops import Kernels
+
+INTERPRET = "TRITON_INTERPRET"  # Triton's own variable; it must be set before triton is imported
+
+
+class TritonMissing(Exception):
+    """Why this process has no Triton kernels."""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on a CPU."""
+    return os.environ.get(INTERPRET, "0") not in ("0", "")
+
+
+def triton_kernels() -> Kernels:
+    """Every op in Triton, for CUDA devices or, interpreted, for the CPU. Raises TritonMissing."""
+    if importlib.util.find_spec("triton") is None:
+        raise TritonMissing("triton is not installed: pip install 'thalweg[gpu]'")
+    if interpreting():
+        from thalweg.kernels.triton.interpreter import repair
+
+        repair()
+    elif not torch.cuda.is_available():
+        raise TritonMissing(f"there is no CUDA device, and {INTERPRET}=1 is not set to run its interpreter")
+    return _kernels()
+
+
+def _kernels() -> Kernels:
+    from thalweg.kernels.triton import (
+        attention,
+        compressor,
+        hyper_connection,
+        indexer,
+        linear,
+        moe,
+        norm,
+        quantize,
+        rotary,
+        rows,
+    )
+
+    return Kernels(
+        pack=linear.pack,
+        linear=linear.linear,
+        grouped_linear=linear.grouped_linear,
+        rms_norm=norm.rms_norm,
+        rotate=rotary.rotate,
+        mix_in=hyper_connection.mix_in,
+        mix_out=hyper_connection.mix_out,
+        mix_head=hyper_connection.mix_head,
+        compress=compressor.compress,
+        index_topk=indexer.index_topk,
+        attention=attention.attention,
+        route=moe.route,
+        swiglu=moe.swiglu,
+        experts=moe.experts,
+        round_kv=quantize.round_kv,
+        round_index=quantize.round_index,
+        round_index_fp8=quantize.round_index_fp8,
+        store_rows=rows.store_rows,
+        read_rows=rows.read_rows,
+    )
