@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thalweg.cli import engine_flags as flags
+from thalweg.cli import kernels_compile
 from thalweg.cli.progress import bar, output, print_table
 from thalweg.errors import ConfigError, nearest
 from thalweg.kernels.spec import OPS, OpSpec
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from thalweg.kernels.registry import KernelChoice, KernelSet
     from thalweg.kernels.verification import Verdict
 
-app = typer.Typer(help="The kernels: list, explain, verify, bench.", no_args_is_help=True)
+app = typer.Typer(help="The kernels: list, explain, verify, bench, compile.", no_args_is_help=True)
+app.command("compile")(kernels_compile.compile_)
 
 Ops = Annotated[list[str] | None, typer.Argument(help="Names of ops as `list` shows them; all if left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]

@@ -10,6 +10,7 @@ import torch
 from thalweg.kernels.ops import Kernels
 
 INTERPRET = "TRITON_INTERPRET"  # Triton's own variable; it must be set before triton is imported
+_NOT_INSTALLED = "triton is not installed: pip install 'thalweg[gpu]'"
 
 
 class TritonMissing(Exception):
@@ -21,10 +22,17 @@ def interpreting() -> bool:
     return os.environ.get(INTERPRET, "0") not in ("0", "")
 
 
+def compiler_missing() -> str:
+    """Why this process cannot compile for GPUs; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return _NOT_INSTALLED
+    return f"{INTERPRET} is set: this process interprets kernels and cannot compile them" if interpreting() else ""
+
+
 def triton_kernels() -> Kernels:
     """Every op in Triton, for CUDA devices or, interpreted, for the CPU. Raises TritonMissing."""
     if importlib.util.find_spec("triton") is None:
-        raise TritonMissing("triton is not installed: pip install 'thalweg[gpu]'")
+        raise TritonMissing(_NOT_INSTALLED)
     if interpreting():
         from thalweg.kernels.triton.interpreter import repair
 
