@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thalweg.cli.kernel_names import Json, Ops, Out, appended, commit_of_sources, specs_of
 from thalweg.cli.progress import bar, output, print_table
-from thalweg.errors import ConfigError, nearest
-from thalweg.kernels.spec import OPS
+from thalweg.errors import ConfigError
 
 if TYPE_CHECKING:
     from thalweg.kernels.triton.offline import Compiled
 
-Ops = Annotated[list[str] | None, typer.Argument(help="Names of ops as `list` shows them; all if left out.")]
 Arch = Annotated[
     list[str] | None, typer.Option("--arch", help="sm_90a, sm_100a or sm_103a; may be given again. All if left out.")
 ]
@@ -28,23 +27,22 @@ def compile_(
     arch: Arch = None,
     model: Model = "flash",
     workers: Annotated[int | None, typer.Option(help="Compilers side by side; one per processor if left out.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    out: Out = None,
+    json_: Json = False,
 ) -> None:
     """Compile every Triton kernel as serving a model launches it, and show what each takes. Needs no GPU.
 
     A kernel that spills, does not fit or multiplies without tensor cores is a fault; the exit code is then 1.
     """
     from thalweg.config.model_parse import load_model_config
-    from thalweg.kernels.triton.backend import compiler_missing
-    from thalweg.kernels.triton.offline import ARCHITECTURES, architecture, compile_all
+    from thalweg.kernels.triton.backend import compiler_missing, triton_hashes
+    from thalweg.kernels.triton.offline import ARCHITECTURES, architecture, compile_all, triton_version
 
-    names = [spec.name for spec in OPS]
-    for op in ops or ():
-        if op not in names:
-            raise ConfigError(f"there is no op {op!r}.{nearest(op, names)}", param="op")
+    specs_of(ops)
     wanted = [architecture(name) for name in arch or ARCHITECTURES]
     if missing := compiler_missing():
         raise ConfigError(missing, param="kernels")
+    hashes, commit = triton_hashes(), commit_of_sources()
     with bar() as progress:
         task = progress.add_task("compiling", total=None)
         found = compile_all(
@@ -54,6 +52,12 @@ def compile_(
             workers=workers or os.cpu_count() or 1,
             done=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    with appended(out) as write:
+        for one in found:
+            write(
+                asdict(one)
+                | {"model": model, "sources": hashes.get(one.op), "triton": triton_version(), "commit": commit}
+            )
     if json_:
         print(json.dumps({"model": model, "kernels": [asdict(one) for one in found]}))
     else:

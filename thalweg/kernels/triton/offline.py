@@ -213,3 +213,10 @@ def _refused(launch: Launch, arch: str, seconds: float, error: Exception) -> Com
     fault = f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}"
     name, warps = launch.kernel.__name__, launch.options.get("num_warps", 4)
     return Compiled(launch.op, launch.what, name, arch, warps, 0, 0, 0, 0, 0, {}, {}, seconds, (fault,))
+
+
+def triton_version() -> str:
+    """Registers and spills differ between versions: what was compiled holds for this one."""
+    import triton
+
+    return str(triton.__version__)
