@@ -16,7 +16,10 @@ from thalweg.planner.tables import KERNEL_COLUMNS, SERVING_COLUMNS, kernel_rows,
 
 
 def check(rows: Path | None = None) -> Report:
-    """Errors of the package's tables, or of the rows of a file with the columns of the kernel or the serving table."""
+    """Errors of the package's tables, or of the rows of a file with the columns of the kernel or the serving table.
+
+    Raises ConfigError for a file that is neither, or that has nothing to compare.
+    """
     if rows is None:
         scores, regrets = kernel_layer()
         comparisons = compare(read_rows("v4_measured_serving.csv"))
@@ -25,10 +28,13 @@ def check(rows: Path | None = None) -> Report:
         regrets += _layout_regret(comparisons)
         return Report(tuple(scores), tuple(regrets), tuple(comparisons), shipped_kernel_times().findings())
     found, kernel = _given(rows)
-    if kernel:
-        return Report(tuple(rows_layer(kernel_rows(found, rows.name))))
-    comparisons = compare(found)
-    return Report(tuple(_serving_scores(comparisons)), (), tuple(comparisons))
+    comparisons = [] if kernel else compare(found)
+    scores = rows_layer(kernel_rows(found, rows.name)) if kernel else _serving_scores(comparisons)
+    if not scores and not comparisons:
+        raise ConfigError(
+            f"rows: nothing in {rows} can be compared: its rows are in the table, or too short", param="rows"
+        )
+    return Report(tuple(scores), (), tuple(comparisons))
 
 
 def _given(path: Path) -> tuple[list[dict[str, str]], bool]:

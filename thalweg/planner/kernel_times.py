@@ -43,6 +43,7 @@ WIDTHS = {
     "module": {Origin.MEASURED: 0.02, Origin.INTERPOLATED: 0.03, Origin.EXTRAPOLATED: 0.1, Origin.BOUND: 0.15},
     "kernel": {Origin.MEASURED: 0.05, Origin.INTERPOLATED: 0.13, Origin.EXTRAPOLATED: 0.26, Origin.BOUND: 0.26},
 }
+SCATTER = {"module": 0.012, "kernel": 0.03}  # relative, of a repeated measurement: kernels take microseconds
 FOREIGN_WIDTHS = {"module": 0.38, "kernel": 0.36}
 PARTS = {"prefill": prefill_parts, "decode": decode_parts}
 
@@ -177,6 +178,7 @@ class KernelTimes:
                 ),
                 np.array([_place(s, q) for s, q in calls]),
                 np.array([r.seconds for r in rows]),
+                SCATTER[_sort(kind)],
             )
         return self._fits[kind]
 

@@ -20,6 +20,7 @@ from thalweg.planner.tables import OpRow, shipped_op_rows
 
 WEIGHT_BYTES = {"mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "fp8": 1.0, "bf16": 2.0}
 WIDTHS = {Origin.INTERPOLATED: 0.12, Origin.EXTRAPOLATED: 0.25, Origin.BOUND: 0.35}  # log, as in kernel_times
+SCATTER = 0.02  # relative, of a repeated measurement
 HOST_BOUND = 4.0  # a group whose fastest call is so many times the usual fastest has timed its dispatch
 
 
@@ -183,6 +184,7 @@ class OpTimes:
                 np.array([PARTS[kind](c, r.quant, accelerator(r.system)) for r, c in zip(rows, calls, strict=True)]),
                 np.array([_place(c) for c in calls]),
                 np.array([r.seconds for r in rows]),
+                SCATTER,
             )
         return self._fits[kind]
 
