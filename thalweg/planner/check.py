@@ -9,6 +9,7 @@ from pathlib import Path
 from thalweg.errors import ConfigError
 from thalweg.planner.accuracy import Regret, Report, Score, Trial, regret, score
 from thalweg.planner.accuracy_kernels import kernel_layer, rows_layer
+from thalweg.planner.accuracy_ops import op_layer
 from thalweg.planner.accuracy_steps import step_layer
 from thalweg.planner.kernel_times import shipped_kernel_times
 from thalweg.planner.serving_rows import Comparison, compare
@@ -23,6 +24,7 @@ def check(rows: Path | None = None) -> Report:
     if rows is None:
         scores, regrets = kernel_layer()
         comparisons = compare(read_rows("v4_measured_serving.csv"))
+        scores += op_layer()
         scores += step_layer()
         scores += _serving_scores(comparisons)
         regrets += _layout_regret(comparisons)
