@@ -1,4 +1,4 @@
-"""How wrong the planner is, recorded: `python benchmarks/planner_accuracy.py OUT.jsonl` writes a line per slice and figure.
+"""How wrong the planner is, recorded: `python benchmarks/planner_accuracy.py OUT.jsonl`, a line per slice and figure.
 
 The same numbers as `thalweg plan check --all`: they follow from the package's data files alone, so a line with another
 commit shows what a change of the model did.

@@ -80,6 +80,21 @@ def test_rows_of_a_user_round_trip(report: Report, tmp_path: Path) -> None:
     assert given.score("kernel", "given rows").count == len(moved)
     assert given.score("kernel", "given rows").bias == pytest.approx(0.1, abs=0.05)  # 38K tokens more, the time of less
     assert given.score("kernel", "given rows, extrapolated to 1M").count == len(moved)
+    assert [(f.what, len(f.rows)) for f in given.findings] == [("not priced: rows of the table itself", len(kernel))]
+
+
+def test_rows_that_are_not_priced_are_named(tmp_path: Path) -> None:
+    rows = [r for r in read_rows("v4_kernel_times.csv") if r["kind"] == "hca_prefill_module"][:4]
+    changes = (
+        {"context": "300000"},
+        {"system": "l40s"},
+        {"kind": "hca_attn_kernel"},
+        {"latency_ms": "0.0001", "tp": "2"},
+    )
+    given = check(write(tmp_path / "rows.csv", [{**r, **c} for r, c in zip(rows, changes, strict=True)]))
+    assert given.score("kernel", "given rows").count == 1
+    assert len(given.findings) == 3
+    assert all(len(f.rows) == 1 for f in given.findings)
 
 
 def test_files_that_are_no_table_are_refused(tmp_path: Path) -> None:

@@ -30,13 +30,14 @@ def check(rows: Path | None = None) -> Report:
         regrets += _layout_regret(comparisons)
         return Report(tuple(scores), tuple(regrets), tuple(comparisons), shipped_kernel_times().findings())
     found, kernel = _given(rows)
-    comparisons = [] if kernel else compare(found)
-    scores = rows_layer(kernel_rows(found, rows.name)) if kernel else _serving_scores(comparisons)
-    if not scores and not comparisons:
-        raise ConfigError(
-            f"rows: nothing in {rows} can be compared: its rows are in the table, or too short", param="rows"
-        )
-    return Report(tuple(scores), (), tuple(comparisons))
+    if kernel:
+        scores, findings = rows_layer(kernel_rows(found, rows.name))
+        if not scores:
+            reasons = "; ".join(f.what for f in findings)
+            raise ConfigError(f"rows: nothing in {rows} can be compared: {reasons}", param="rows")
+        return Report(tuple(scores), findings=tuple(findings))
+    comparisons = compare(found)
+    return Report(tuple(_serving_scores(comparisons)), comparisons=tuple(comparisons))
 
 
 def _given(path: Path) -> tuple[list[dict[str, str]], bool]:

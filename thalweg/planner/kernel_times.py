@@ -231,7 +231,8 @@ def _sort(kind: str) -> str:
 
 
 def _identity(row: KernelRow) -> tuple:
-    return (row_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens, row.context)
+    call = (row.model, row.tp, row.batch, row.new_tokens, row.context)
+    return (row_kind(row), row.framework, row.version, row.system, *call)
 
 
 def call_parts(kind: str, shape: AttentionShape, query: KernelQuery, device: Accelerator) -> Array:
