@@ -8,7 +8,7 @@ from thalweg.config.model_parse import load_model_config
 from thalweg.errors import ConfigError
 from thalweg.planner.hardware import accelerator, link
 from thalweg.planner.layout import Deployment, ParallelLayout, Speculation
-from thalweg.planner.serving import Serving
+from thalweg.planner.serving import Serving, SplitServing
 from thalweg.planner.serving_rows import acceptance, compare, read_case
 from thalweg.planner.step_cost import ModelStepCost
 from thalweg.planner.tables import read_rows
@@ -58,6 +58,17 @@ def test_time_per_token_grows_with_concurrency_and_shrinks_with_acceptance() -> 
     assert times == sorted(times)
     drafting = serving(ParallelLayout(8, expert_parallel=True), Speculation(3, 3.0))
     assert drafting.tpot(1, 8192, 1024).seconds < 0.6 * times[0]
+
+
+def test_prompts_and_decodes_on_engines_of_their_own() -> None:
+    split = SplitServing(TP8, DP8)
+    moved = split.transfer_seconds(1_000_000)
+    assert moved == pytest.approx(3.9e9 / 100e9, rel=0.05)  # 3,850 bytes a token over 100 GB/s
+    assert split.cold_ttft(1_000_000).seconds == pytest.approx(TP8.cold_ttft(1_000_000).seconds + moved)
+    assert split.tpot(64, 8192, 1024).seconds < 0.9 * DP8.tpot(64, 8192, 1024).seconds
+    engines = split.prefill_engines(64, 8192, 1024)
+    rate = 64 / (1024 * split.tpot(64, 8192, 1024).seconds)  # requests per second of the decode engine
+    assert engines == pytest.approx(rate * TP8.cold_ttft(8192).seconds)
 
 
 def test_acceptance_is_the_measured_one() -> None:
