@@ -58,11 +58,13 @@ def _alike(left: Array, right: Array) -> Array:
 
 @dataclass(frozen=True)
 class Fit:
-    """Of one key: coefficients, the correction of its rows if they are this key's own, and the rows kept out."""
+    """Of one key: coefficients, the correction of its rows if they are this key's own, the rows kept out, and how far
+    (log) a row usually is from what the others say of it, the 80% quantile."""
 
     coefficients: Array
     correction: Smooth | None
     odd: tuple[int, ...]
+    surprise: float
 
     def seconds(self, features: Array, place: Array) -> float:
         """The time of one call."""
@@ -113,14 +115,15 @@ class GroupedFit:
     def _make(self, key: Key, *, own: bool) -> Fit:
         coefficients = self._solve(key, self._rows[key])
         if not own:
-            return Fit(coefficients, None, ())
+            return Fit(coefficients, None, (), 0.0)
         kept = list(self._rows[key])
         odd: list[int] = []
         while True:
             correction, surprise = smooth(self._places[kept], self._residuals(kept, coefficients), self._noise)
             worst = int(np.argmax(np.abs(surprise)))
             if abs(surprise[worst]) <= ODD_NOISES * self._noise or len(odd) > len(kept) // 4:
-                return Fit(coefficients, correction, tuple(sorted(odd)))
+                usual = float(np.quantile(np.abs(surprise), 0.8))
+                return Fit(coefficients, correction, tuple(sorted(odd)), usual)
             odd.append(kept.pop(worst))  # one at a time: it makes its neighbours look odd
             coefficients = self._solve(key, kept)
 
