@@ -137,3 +137,23 @@ def test_regret_is_what_the_chosen_loses_to_the_best() -> None:
     assert found is not None
     assert (found.count, found.right, found.mean) == pytest.approx((2, 0.5, 0.125))
     assert regret("c", [[(1.0, 1.0)]]) is None
+
+
+def test_the_page_says_what_is_measured(report: Report) -> None:
+    lines = {
+        "| kernel, interpolated": ("kernel", "interpolated"),
+        "| kernel, up to 64K fitted": ("kernel", "extrapolated to 1M"),
+        "| kernel, a device left out": ("kernel", "device left out"),
+        "| other ops, interpolated": ("ops", "interpolated"),
+        "| step, interpolated": ("step", "interpolated"),
+        "| step, up to 64K fitted": ("step", "extrapolated to 256K"),
+        "| serving, claimed times": ("serving", "claimed"),
+        "| memory, claimed capacities": ("memory", "claimed"),
+    }
+    page = (Path(__file__).parents[2] / "docs" / "planner-accuracy.md").read_text().splitlines()
+    for beginning, key in lines.items():
+        cells = next(line for line in page if line.startswith(beginning)).split("|")
+        found = report.score(*key)
+        assert int(cells[2].replace(",", "")) == found.count
+        written = [float(cell.strip().rstrip("%")) / 100 for cell in cells[3:7]]
+        assert written == pytest.approx([found.median, found.p90, found.bias, found.coverage], abs=0.006)
