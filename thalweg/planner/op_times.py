@@ -19,7 +19,7 @@ from thalweg.planner.tables import OpRow, shipped_op_rows
 
 WEIGHT_BYTES = {"mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "fp8": 1.0, "bf16": 2.0}
 WIDTHS = {Origin.INTERPOLATED: 0.12, Origin.EXTRAPOLATED: 0.25, Origin.BOUND: 0.35}  # log, as in kernel_times
-SKEW = 0.6  # of the experts that evenly spread tokens would reach, skewed ones reach about so many in large batches
+HOST_BOUND = 4.0  # a group whose fastest call is so many times the usual fastest has timed its dispatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,10 @@ def _call(row: OpRow) -> OpCall:
     return OpCall(row.tokens, row.tp, row.ep, row.bytes, shape)
 
 
+def _kind(row: OpRow) -> str:
+    return "gemm" if row.kind.startswith("gemm_") else row.kind
+
+
 def _place(call: OpCall) -> Array:
     shape = call.shape
     apart = math.log2(shape.hidden) if isinstance(shape, ExpertShape) else sum(math.log2(1 + n) for n in shape or ())
@@ -131,13 +135,30 @@ def _place(call: OpCall) -> Array:
     return np.array([*(math.log2(max(1.0, n)) for n in sizes), APART * apart])
 
 
+def dispatch_bound(rows: Sequence[OpRow]) -> frozenset[tuple[str, Key]]:
+    """(kind, key) of rows that timed the host, not the kernel: even the fastest takes far longer than elsewhere."""
+    fastest: dict[str, dict[Key, float]] = {}
+    for row in rows:
+        of_kind = fastest.setdefault(_kind(row), {})
+        key = (row.framework, row.system, row.quant)
+        of_kind[key] = min(row.seconds, of_kind.get(key, math.inf))
+    return frozenset(
+        (kind, key)
+        for kind, of_kind in fastest.items()
+        for key, seconds in of_kind.items()
+        if seconds > HOST_BOUND * float(np.median(list(of_kind.values())))
+    )
+
+
 class OpTimes:
-    """Prices ops from a table; fits are made when first asked for."""
+    """Prices ops from a table; fits are made when first asked for. `dropped` are groups of rows that time the host."""
 
     def __init__(self, rows: Sequence[OpRow]) -> None:
+        self.dropped = dispatch_bound(rows)
         self._rows: dict[str, list[OpRow]] = {}
         for row in rows:
-            self._rows.setdefault(row.kind.split("_")[0] if row.kind.startswith("gemm_") else row.kind, []).append(row)
+            if (_kind(row), (row.framework, row.system, row.quant)) not in self.dropped:
+                self._rows.setdefault(_kind(row), []).append(row)
         self._fits: dict[str, GroupedFit] = {}
         self._spans: dict[tuple[str, Key], tuple[Array, Array]] = {}
 
