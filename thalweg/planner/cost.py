@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+MATTERS = 0.05
 MOST_DECODE_TOKENS = 8  # a sequence of so few new tokens on a context is one decode, with its drafts
 
 
@@ -27,11 +28,6 @@ class Origin(StrEnum):
         return tuple(Origin).index(self)
 
 
-def farthest(origins: Iterable[Origin]) -> Origin:
-    """The origin of a sum."""
-    return max(origins, key=lambda origin: origin.distance, default=Origin.MEASURED)
-
-
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Seconds, an interval that should hold 80% of measurements, and where the figure comes from."""
@@ -41,20 +37,25 @@ class Estimate:
     high: float
     origin: Origin
 
-    def __add__(self, other: Estimate) -> Estimate:
-        """Errors of parts are taken as shared (one device, one framework): intervals add, they do not cancel."""
-        return Estimate(
-            self.seconds + other.seconds,
-            self.low + other.low,
-            self.high + other.high,
-            farthest((self.origin, other.origin)),
-        )
-
     def __mul__(self, factor: float) -> Estimate:
         return Estimate(self.seconds * factor, self.low * factor, self.high * factor, self.origin)
 
 
 NOTHING = Estimate(0.0, 0.0, 0.0, Origin.MEASURED)
+
+
+def total(parts: Iterable[Estimate]) -> Estimate:
+    """The sum of times. Errors of parts are taken as shared (one device, one framework): intervals add, they do not
+    cancel. The origin is the farthest among the parts that matter, those of at least a twentieth of the sum."""
+    known = list(parts)
+    seconds = sum(part.seconds for part in known)
+    matter = (part.origin for part in known if part.seconds >= MATTERS * seconds)
+    return Estimate(
+        seconds,
+        sum(part.low for part in known),
+        sum(part.high for part in known),
+        max(matter, key=lambda origin: origin.distance, default=Origin.MEASURED),
+    )
 
 
 @dataclass(frozen=True, slots=True)

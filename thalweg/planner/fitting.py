@@ -1,9 +1,9 @@
 """Fits of measured times: a physical form with nonnegative coefficients, and a smooth correction where rows are near.
 
-Physical: time = sum of coefficient * ideal seconds of a part (bytes over bandwidth, FLOPs over peak, launches), with the
-relative error least. Coefficients are dimensionless (one over an efficiency), so they carry over: those of a device are
-drawn towards those of its framework, and these towards those of all. What a device's rows never saw, a longer context or
-another number of heads, is priced by what the others saw.
+Physical: time = sum of coefficient * ideal seconds of a part (bytes over bandwidth, FLOPs over peak, launches), with
+the relative error least. Coefficients are dimensionless (one over an efficiency), so they carry over: those of a device
+are drawn towards those of its framework, and these towards those of all. What a device's rows never saw, a longer
+context or another number of heads, is priced by what the others saw.
 Correction: log residuals smoothed by a Gaussian process over the logarithms of the sizes. It fades to nothing away from
 the rows, so beyond them the physical form decides alone. A row that its neighbours contradict is kept out and named.
 """

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from thalweg.config.accelerators import Accelerator
 from thalweg.config.model import LayerKind, ModelConfig
-from thalweg.planner.hardware import Accelerator
 
 HEAD_TILE = 64
 KV_ROW_BYTES = 584
@@ -120,15 +120,15 @@ def prefill_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator
     """Ideal seconds of a prompt chunk: launch, shared projections, head projections, window, entries, index, fresh."""
     tokens, heads = query.tokens, query.heads
     middle = query.context + (query.new_tokens + 1) / 2
-    key_flops = 4 * shape.head_dim * tiled(heads) * tokens / device.bf16_flops
-    index = tokens * entries(shape, middle) * shape.index_heads * shape.index_dim * 2 / device.fp8_flops
-    fresh = tokens * entries(shape, query.new_tokens) / device.fp8_flops * 2 * shape.index_heads * shape.index_dim
+    key_flops = 4 * shape.head_dim * tiled(heads) * tokens / device.bf16
+    index = tokens * entries(shape, middle) * shape.index_heads * shape.index_dim * 2 / device.fp8
+    fresh = tokens * entries(shape, query.new_tokens) / device.fp8 * 2 * shape.index_heads * shape.index_dim
     csa = shape.kind is LayerKind.CSA
     return np.array(
         [
             LAUNCH,
-            2 * tokens * shape.shared_weights / device.fp8_flops,
-            2 * tokens * shape.head_weights(heads) / device.fp8_flops,
+            2 * tokens * shape.shared_weights / device.fp8,
+            2 * tokens * shape.head_weights(heads) / device.fp8,
             key_flops * min(shape.window, middle),
             key_flops * selected(shape, middle),
             index if csa else 0.0,
@@ -139,8 +139,8 @@ def prefill_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator
 
 
 def decode_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator) -> NDArray[np.float64]:
-    """Ideal seconds of a decode: launch, batched launch, shared and head weights, tokens, entries of all tokens, entries of
-    the longest, rows of all, heads of tokens, passes over the longest, and what the path of selection adds."""
+    """Ideal seconds of a decode: launch, batched launch, shared and head weights, arithmetic, attended rows, the longest's
+    rows, all rows, heads of tokens, passes over the longest, and what the path of selection adds."""
     batch, tokens, heads = query.batch, query.tokens, query.heads
     every, longest = entries(shape, query.context), entries(shape, query.deepest)
     csa = shape.kind is LayerKind.CSA
@@ -151,7 +151,7 @@ def decode_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator)
             LAUNCH if batch > 1 else 0.0,
             shape.shared_weights / device.bandwidth,
             shape.head_weights(heads) / device.bandwidth,
-            2 * tokens * (shape.shared_weights + shape.head_weights(heads)) / device.fp8_flops,
+            2 * tokens * (shape.shared_weights + shape.head_weights(heads)) / device.fp8,
             tokens * (selected(shape, query.context) + shape.window) * KV_ROW_BYTES / device.bandwidth,
             longest * row / device.bandwidth,
             batch * every * row / device.bandwidth,
@@ -174,7 +174,7 @@ def index_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator) 
         [
             LAUNCH,
             LAUNCH * math.log2(1 + deepest / shape.topk),
-            scored * shape.index_heads * shape.index_dim * 2 / device.fp8_flops,
+            scored * shape.index_heads * shape.index_dim * 2 / device.fp8,
             scored * 4 / device.bandwidth,
             query.batch * deepest * INDEX_ROW_BYTES / device.bandwidth,
             query.tokens * entries(shape, query.new_tokens) * 4 / device.bandwidth,

@@ -12,15 +12,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
+from thalweg.config.accelerators import Accelerator
 from thalweg.config.model import LayerKind
 from thalweg.config.model_parse import load_model_config
 from thalweg.errors import ConfigError, nearest
 from thalweg.planner.cost import Estimate, Origin
 from thalweg.planner.fitting import APART, Array, GroupedFit, Key
-from thalweg.planner.hardware import Accelerator, accelerator
+from thalweg.planner.hardware import accelerator
 from thalweg.planner.kernel_features import (
     LAUNCH,
     AttentionShape,
@@ -84,15 +86,14 @@ def path_switches(rows: Iterable[KernelRow]) -> dict[str, tuple[int, int]]:
             series[(row.framework, row.system, row.model, row.tp, row.batch)].append(row)
     votes: dict[tuple[str, int, int], list[bool]] = defaultdict(list)
     for (framework, *_), found in series.items():
-        ordered = sorted(found, key=lambda r: r.context)
-        for left, right in zip(ordered, ordered[1:], strict=False):
+        for left, right in pairwise(sorted(found, key=lambda r: r.context)):
             votes[(framework, left.context, right.context)].append(right.seconds < DROP * left.seconds)
-    found: dict[str, tuple[int, int]] = {}
+    switches: dict[str, tuple[int, int]] = {}
     for (framework, low, high), cast in votes.items():
         if sum(cast) > len(cast) / 2:
-            before = found.get(framework, (low, high))
-            found[framework] = (max(low, before[0]), min(high, before[1]))
-    return {framework: pair for framework, pair in found.items() if pair[0] < pair[1]}
+            before = switches.get(framework, (low, high))
+            switches[framework] = (max(low, before[0]), min(high, before[1]))
+    return {framework: pair for framework, pair in switches.items() if pair[0] < pair[1]}
 
 
 class KernelTimes:
@@ -264,8 +265,7 @@ def _falling(rows: Sequence[KernelRow], switches: dict[str, tuple[int, int]]) ->
         series[(_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens)].append(row)
     falls: dict[tuple, list[KernelRow]] = defaultdict(list)
     for found in series.values():
-        ordered = sorted(found, key=lambda r: r.context)
-        for left, right in zip(ordered, ordered[1:], strict=False):
+        for left, right in pairwise(sorted(found, key=lambda r: r.context)):
             known = switches.get(left.framework) == (left.context, right.context)
             if right.seconds < 0.92 * left.seconds and not (known and left.kind == "csa_decode_module"):
                 falls[(_kind(left), left.framework, left.context, right.context)] += [left, right]

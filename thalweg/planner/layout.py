@@ -13,7 +13,7 @@ EXCHANGES = ("gather", "deepep_ll", "deepep_ht")
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """One engine: attention heads over `tp` ranks, requests over `dp`, a prompt's tokens over `cp`; GPUs = tp * dp * cp.
+    """One engine: attention heads over `tp` ranks, requests over `dp`, a prompt's tokens over `cp`: tp * dp * cp GPUs.
 
     With `expert_parallel` each GPU holds whole experts, else a slice of every one. `exchange` is how tokens of data
     parallel ranks reach their experts: `gather` them all, or DeepEP's low-latency or high-throughput kernels.
@@ -63,7 +63,7 @@ class ParallelLayout:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """MTP: `drafts` tokens guessed per step; `accepted` is the mean tokens that a step yields, the sure one included."""
+    """MTP: `drafts` tokens guessed per step; `accepted` is the mean tokens that a step yields, with the sure one."""
 
     drafts: int
     accepted: float

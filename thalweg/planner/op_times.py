@@ -1,5 +1,5 @@
-"""Times of everything in a step beside attention: experts, hyper-connections, GEMMs, collectives. From tables where the
-device and framework have rows, from what other devices and frameworks reach of the hardware's limits where they have none.
+"""Times of everything in a step beside attention: experts, hyper-connections, GEMMs, collectives. From tables where a
+device and framework have rows; where they have none, from what others reach of the hardware's limits.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from functools import cache
 
 import numpy as np
 
+from thalweg.config.accelerators import Accelerator
 from thalweg.planner.cost import NOTHING, Estimate, Origin
 from thalweg.planner.fitting import APART, Array, GroupedFit, Key
-from thalweg.planner.hardware import Accelerator, accelerator
+from thalweg.planner.hardware import accelerator, link
 from thalweg.planner.kernel_features import LAUNCH
 from thalweg.planner.tables import OpRow, shipped_op_rows
 
@@ -34,7 +35,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """One call: `tokens` (or `bytes` of a collective's message) over `tp` ranks of one expert and `ep` of the experts."""
+    """One call: `tokens`, or `bytes` of a collective's message, over `tp` ranks of each expert and `ep` of all of them."""
 
     tokens: float
     tp: int = 1
@@ -54,7 +55,7 @@ def expert_parts(call: OpCall, quant: str, device: Accelerator) -> list[float]:
     pairs = call.tokens * shape.per_token / call.ep
     reached = local * -math.expm1(-pairs / local)
     matrices = 3 * shape.hidden * shape.inner / call.tp
-    peak = {"mxfp4": device.fp8_flops, "nvfp4": device.fp4_flops, "fp8": device.fp8_flops}.get(quant, device.bf16_flops)
+    peak = {"mxfp4": device.fp8, "nvfp4": device.fp4 or device.fp8, "fp8": device.fp8}.get(quant, device.bf16)
     return [
         LAUNCH,
         reached * matrices * WEIGHT_BYTES[quant] / device.bandwidth,
@@ -75,7 +76,7 @@ def gemm_parts(call: OpCall, quant: str, device: Accelerator) -> list[float]:
     """Ideal seconds of x w^T: launch, weights, arithmetic, rows."""
     assert isinstance(call.shape, tuple)
     width, outputs = call.shape
-    peak = device.fp8_flops if quant == "fp8" else device.bf16_flops
+    peak = device.fp8 if quant == "fp8" else device.bf16
     return [
         LAUNCH,
         width * outputs * WEIGHT_BYTES[quant] / device.bandwidth,
@@ -87,14 +88,14 @@ def gemm_parts(call: OpCall, quant: str, device: Accelerator) -> list[float]:
 def collective_parts(call: OpCall, quant: str, device: Accelerator) -> list[float]:
     """Ideal seconds of a collective of `tp` ranks: launch, steps, bytes over the link."""
     share = (call.tp - 1) / call.tp
-    return [LAUNCH, LAUNCH * math.log2(call.tp), call.bytes * share / device.link(call.tp)]
+    return [LAUNCH, LAUNCH * math.log2(call.tp), call.bytes * share / link(device, call.tp)]
 
 
 def exchange_parts(call: OpCall, quant: str, device: Accelerator) -> list[float]:
     """Ideal seconds of sending a rank's tokens to their experts, or back: launch, bytes over the link."""
     assert isinstance(call.shape, ExpertShape)
     ranks = call.ep * -math.expm1(-call.shape.per_token / call.ep)  # that a token's experts are on, about
-    return [LAUNCH, call.tokens * ranks * call.shape.hidden * 2 / device.link(call.ep)]
+    return [LAUNCH, call.tokens * ranks * call.shape.hidden * 2 / link(device, call.ep)]
 
 
 PARTS: dict[str, Parts] = {

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from thalweg.errors import ConfigError
+from thalweg.planner.hardware import device_name
 
 KERNEL_COLUMNS = (
     "system", "framework", "version", "kind", "model", "compress_ratio", "tp", "batch", "new_tokens", "context",
@@ -28,7 +29,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class KernelRow:
-    """One measured time of an attention layer (`*_module`) or of one of its kernels."""
+    """One measured time of an attention layer (`*_module`) or of one of its kernels on an accelerator."""
 
     system: str
     framework: str
@@ -85,7 +86,7 @@ def numbers(row: Row, skip: Iterable[str] = ()) -> dict[str, float | None]:
 
 def _kernel_row(row: Row) -> KernelRow:
     return KernelRow(
-        row["system"],
+        device_name(row["system"]),
         row["framework"],
         row["kind"],
         row["model"],
@@ -120,7 +121,7 @@ def shipped_op_rows() -> tuple[OpRow, ...]:
     """The package's table of other ops."""
     return tuple(
         OpRow(
-            row["system"],
+            device_name(row["system"]),
             row["framework"],
             row["kind"],
             row["model"],
