@@ -139,7 +139,7 @@ def prefill_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator
 
 
 def decode_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator) -> NDArray[np.float64]:
-    """Ideal seconds of a decode: launch, batched launch, shared and head weights, arithmetic, attended rows, the longest's
+    """Ideal seconds of a decode: launch, batched launch, shared and head weights, arithmetic, attended rows, longest
     rows, all rows, heads of tokens, passes over the longest, and what the path of selection adds."""
     batch, tokens, heads = query.batch, query.tokens, query.heads
     every, longest = entries(shape, query.context), entries(shape, query.deepest)

@@ -35,7 +35,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """One call: `tokens`, or `bytes` of a collective's message, over `tp` ranks of each expert and `ep` of all of them."""
+    """One call: `tokens`, or `bytes` of a collective's message; `tp` ranks share each expert, `ep` share all experts."""
 
     tokens: float
     tp: int = 1
