@@ -23,10 +23,6 @@ class Origin(StrEnum):
     EXTRAPOLATED = "extrapolated"  # beyond them, by a fitted physical form
     BOUND = "bound"  # no row of this device and framework: from limits of the hardware
 
-    @property
-    def distance(self) -> int:
-        return tuple(Origin).index(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -46,16 +42,18 @@ NOTHING = Estimate(0.0, 0.0, 0.0, Origin.MEASURED)
 
 def total(parts: Iterable[Estimate]) -> Estimate:
     """The sum of times. Errors of parts are taken as shared (one device, one framework): intervals add, they do not
-    cancel. The origin is the farthest among the parts that matter, those of at least a twentieth of the sum."""
-    known = list(parts)
-    seconds = sum(part.seconds for part in known)
-    matter = (part.origin for part in known if part.seconds >= MATTERS * seconds)
-    return Estimate(
-        seconds,
-        sum(part.low for part in known),
-        sum(part.high for part in known),
-        max(matter, key=lambda origin: origin.distance, default=Origin.MEASURED),
-    )
+    cancel. The origin is the farthest that at least a twentieth of the sum has, or a farther one."""
+    seconds = low = high = 0.0
+    shares = dict.fromkeys(Origin, 0.0)
+    for part in parts:
+        seconds, low, high = seconds + part.seconds, low + part.low, high + part.high
+        shares[part.origin] += part.seconds
+    farther = 0.0
+    for origin in reversed(Origin):
+        farther += shares[origin]
+        if farther > MATTERS * seconds:
+            return Estimate(seconds, low, high, origin)
+    return Estimate(seconds, low, high, Origin.MEASURED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ def decode_parts(shape: AttentionShape, query: KernelQuery, device: Accelerator)
             shape.head_weights(heads) / device.bandwidth,
             2 * tokens * (shape.shared_weights + shape.head_weights(heads)) / device.fp8,
             tokens * (selected(shape, query.context) + shape.window) * KV_ROW_BYTES / device.bandwidth,
-            longest * row / device.bandwidth,
+            0.0 if csa else longest * row / device.bandwidth,  # index keys are read by all multiprocessors
             batch * every * row / device.bandwidth,
             4 * tokens * heads * shape.head_dim / device.bandwidth,
             LAUNCH * math.log2(1 + longest / PASS_ENTRIES),

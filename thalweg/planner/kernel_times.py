@@ -24,7 +24,6 @@ from thalweg.planner.cost import Estimate, Origin
 from thalweg.planner.fitting import APART, Array, GroupedFit, Key
 from thalweg.planner.hardware import accelerator
 from thalweg.planner.kernel_features import (
-    LAUNCH,
     AttentionShape,
     KernelQuery,
     decode_parts,
@@ -37,20 +36,14 @@ from thalweg.planner.tables import KernelRow, shipped_kernel_rows
 LEAST_SECONDS = 1e-6  # shorter calls are launches of nothing
 DROP = 0.85  # a series that falls below this share with more context has switched its path
 MODELS = ("flash", "pro")
-# Half widths of the 80% intervals, in log seconds, by kind and origin: the 80% quantiles of held-out errors that
-# `thalweg plan check` prints (context slices and random fifths; <= 65K -> 1M; devices and frameworks left out).
-MODULE_WIDTHS = {
-    Origin.MEASURED: 0.02,
-    Origin.INTERPOLATED: 0.036,
-    Origin.EXTRAPOLATED: 0.14,
-    Origin.BOUND: 0.25,
+# Half widths of the 80% intervals, in log seconds, of layers and of their kernels: 80% quantiles of held-out errors, as
+# `thalweg plan check` holds them out. Of devices without rows the framework's others speak, of frameworks without rows
+# all do.
+WIDTHS = {
+    "module": {Origin.MEASURED: 0.02, Origin.INTERPOLATED: 0.03, Origin.EXTRAPOLATED: 0.1, Origin.BOUND: 0.15},
+    "kernel": {Origin.MEASURED: 0.05, Origin.INTERPOLATED: 0.13, Origin.EXTRAPOLATED: 0.26, Origin.BOUND: 0.26},
 }
-KERNEL_WIDTHS = {
-    Origin.MEASURED: 0.05,
-    Origin.INTERPOLATED: 0.16,
-    Origin.EXTRAPOLATED: 0.3,
-    Origin.BOUND: 0.5,
-}
+FOREIGN_WIDTHS = {"module": 0.38, "kernel": 0.36}
 PARTS = {"prefill": prefill_parts, "decode": decode_parts}
 
 
@@ -105,7 +98,7 @@ class KernelTimes:
         self._by_kind: dict[str, list[KernelRow]] = defaultdict(list)
         self._exact: dict[tuple, list[float]] = defaultdict(list)
         for row in self._rows:
-            self._by_kind[_kind(row)].append(row)
+            self._by_kind[row_kind(row)].append(row)
             self._exact[_identity(row)].append(row.seconds)
         self._fits: dict[str, GroupedFit] = {}
 
@@ -121,11 +114,11 @@ class KernelTimes:
         """What the table says of a row's own call; the row need not be in it."""
         exact = self._exact.get(_identity(row))
         shape, query = shape_of(row.model, layer_kind(row.kind)), row_query(row)
-        estimate = self.estimate(_kind(row), (row.framework, row.system), shape, query)
+        estimate = self.estimate(row_kind(row), (row.framework, row.system), shape, query)
         if exact is None:
             return estimate
         seconds = float(np.median(exact))
-        width = math.exp(self._width(_kind(row), Origin.MEASURED))
+        width = math.exp(WIDTHS[_sort(row.kind)][Origin.MEASURED])
         return Estimate(
             seconds, min(seconds / width, estimate.seconds), max(seconds * width, estimate.seconds), Origin.MEASURED
         )
@@ -136,7 +129,8 @@ class KernelTimes:
         query = self._on_path(key[0], kind, shape, query)
         seconds = self._seconds(kind, key, shape, query, device)
         origin = self._origin(kind, key, shape, query)
-        width = math.exp(self._width(kind, origin))
+        foreign = origin is Origin.BOUND and not self._fit(kind).has(key[:1])
+        width = math.exp(FOREIGN_WIDTHS[_sort(kind)] if foreign else WIDTHS[_sort(kind)][origin])
         low, high = seconds / width, seconds * width
         for other in self._other_paths(key, kind, shape, query):
             beyond = self._seconds(kind, key, shape, other, device)
@@ -147,7 +141,7 @@ class KernelTimes:
         """Seconds of a call that a second call in the same step does not add: launches and, in decodes, the weights."""
         fit = self._fit(kind).fit(key)
         device = accelerator(key[1])
-        parts = _parts(kind, shape, KernelQuery(1, 1, 1, heads), device)
+        parts = call_parts(kind, shape, KernelQuery(1, 1, 1, heads), device)
         return float(
             parts[[0, 2, 3] if "decode" in kind else [0]] @ fit.coefficients[[0, 2, 3] if "decode" in kind else [0]]
         )
@@ -177,14 +171,16 @@ class KernelTimes:
             calls = [(shape_of(r.model, layer_kind(r.kind)), self._row_query(r)) for r in rows]
             self._fits[kind] = GroupedFit(
                 [(r.framework, r.system) for r in rows],
-                np.array([_parts(kind, s, q, accelerator(r.system)) for r, (s, q) in zip(rows, calls, strict=True)]),
+                np.array(
+                    [call_parts(kind, s, q, accelerator(r.system)) for r, (s, q) in zip(rows, calls, strict=True)]
+                ),
                 np.array([_place(s, q) for s, q in calls]),
                 np.array([r.seconds for r in rows]),
             )
         return self._fits[kind]
 
     def _seconds(self, kind: str, key: Key, shape: AttentionShape, query: KernelQuery, device: Accelerator) -> float:
-        return self._fit(kind).fit(key).seconds(_parts(kind, shape, query, device), _place(shape, query))
+        return self._fit(kind).fit(key).seconds(call_parts(kind, shape, query, device), _place(shape, query))
 
     def _row_query(self, row: KernelRow) -> KernelQuery:
         shape = shape_of(row.model, layer_kind(row.kind))
@@ -215,9 +211,6 @@ class KernelTimes:
         below = any(all(k <= s for k, s in zip(row, size, strict=True)) for row in known)
         return Origin.INTERPOLATED if above and below else Origin.EXTRAPOLATED
 
-    def _width(self, kind: str, origin: Origin) -> float:
-        return (MODULE_WIDTHS if "module" in kind else KERNEL_WIDTHS)[origin]
-
 
 def row_query(row: KernelRow) -> KernelQuery:
     """The call that a row timed."""
@@ -225,15 +218,19 @@ def row_query(row: KernelRow) -> KernelQuery:
     return KernelQuery(row.batch, row.new_tokens, row.context, heads)
 
 
-def _kind(row: KernelRow) -> str:
+def row_kind(row: KernelRow) -> str:
     return f"{row.kind}:{row.variant}" if row.variant else row.kind
 
 
+def _sort(kind: str) -> str:
+    return "module" if "module" in kind else "kernel"
+
+
 def _identity(row: KernelRow) -> tuple:
-    return (_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens, row.context)
+    return (row_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens, row.context)
 
 
-def _parts(kind: str, shape: AttentionShape, query: KernelQuery, device: Accelerator) -> Array:
+def call_parts(kind: str, shape: AttentionShape, query: KernelQuery, device: Accelerator) -> Array:
     for name, parts in PARTS.items():
         if f"_{name}_" in kind:
             return parts(shape, query, device)
@@ -262,13 +259,13 @@ def _falling(rows: Sequence[KernelRow], switches: dict[str, tuple[int, int]]) ->
     """Series in which more context takes less time, beside the known switches."""
     series: dict[tuple, list[KernelRow]] = defaultdict(list)
     for row in rows:
-        series[(_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens)].append(row)
+        series[(row_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens)].append(row)
     falls: dict[tuple, list[KernelRow]] = defaultdict(list)
     for found in series.values():
         for left, right in pairwise(sorted(found, key=lambda r: r.context)):
             known = switches.get(left.framework) == (left.context, right.context)
             if right.seconds < 0.92 * left.seconds and not (known and left.kind == "csa_decode_module"):
-                falls[(_kind(left), left.framework, left.context, right.context)] += [left, right]
+                falls[(row_kind(left), left.framework, left.context, right.context)] += [left, right]
     return [
         Finding(f"{framework}: {kind} is faster at {high:,} tokens than at {low:,}", tuple(found))
         for (kind, framework, low, high), found in sorted(falls.items(), key=lambda item: str(item[0]))
@@ -279,6 +276,3 @@ def _falling(rows: Sequence[KernelRow], switches: dict[str, tuple[int, int]]) ->
 def shipped_kernel_times() -> KernelTimes:
     """The package's table."""
     return KernelTimes(shipped_kernel_rows())
-
-
-__all__ = ["LAUNCH", "Finding", "KernelTimes", "shipped_kernel_times"]

@@ -1,10 +1,10 @@
 """What fits on a GPU: weights by layout, workspace, and sessions in the rest, by cache group. No tensor is made.
 
-Two parameters describe a sequence in any engine: bytes per request and bytes per token. Ours come from the real geometry
-(cache/geometry.py) and byte layout (memory/layout.py). vLLM's come from its page geometry: one pool of blocks for all
-groups, each block as large as the largest group's page of 256 tokens; and a running request reserves, of the windows and
-compressor states, blocks for a whole step of tokens. vLLM reports pool / need(max_model_len) * max_model_len as its
-"KV cache size", which is no storage (vllm-project/vllm#51041, groups as listed in #54703).
+Two parameters describe a sequence in any engine: bytes per request and bytes per token. Ours come from the real
+geometry (cache/geometry.py) and byte layout (memory/layout.py). vLLM's come from its page geometry: one pool of blocks
+for all groups, each block as large as the largest group's page of 256 tokens; and a running request reserves, of the
+windows and compressor states, blocks for a whole step of tokens. vLLM reports pool / need(max_model_len) *
+max_model_len as its "KV cache size", which is no storage (vllm-project/vllm#51041, groups as listed in #54703).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def session_need(
 
 
 def _our_need(model: ModelConfig, layout: CacheLayout, *, prefix_caching: bool) -> SessionNeed:
-    """Our geometry: a live sliding group costs the same at any length, a checkpoint every so many units is shared out."""
+    """Our geometry: live sliding groups cost the same at any length; a checkpoint every so many units is shared out."""
     specs = cache_groups(model)
     needs = []
     for spec in specs:

@@ -35,7 +35,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """One call: `tokens`, or `bytes` of a collective's message; `tp` ranks share each expert, `ep` share all experts."""
+    """One call: `tokens`, or `bytes` of a collective's message; `tp` ranks share each expert, `ep` all of them."""
 
     tokens: float
     tp: int = 1

@@ -12,26 +12,42 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from thalweg.config.accelerators import Accelerator
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.planner.cost import NOTHING, Estimate, StepWork, total
+from thalweg.planner.fitting import Key
 from thalweg.planner.hardware import accelerator
 from thalweg.planner.kernel_features import KV_ROW_BYTES, AttentionShape, KernelQuery
-from thalweg.planner.kernel_times import KernelTimes, shipped_kernel_times
+from thalweg.planner.kernel_times import shipped_kernel_times
 from thalweg.planner.layout import Deployment
-from thalweg.planner.op_times import ExpertShape, OpCall, OpTimes, shipped_op_times
+from thalweg.planner.op_times import ExpertShape, OpCall, shipped_op_times
 
 SMALL_CHUNK = 512  # tokens: below, the weights that must be read bound a chunk
 PER_OCTAVE = 4  # sizes that `seconds` remembers in each doubling
 
 
+class LayerPrices(Protocol):
+    """Prices attention layers; `KernelTimes` does."""
+
+    def estimate(self, kind: str, key: Key, shape: AttentionShape, query: KernelQuery) -> Estimate: ...
+
+    def floor(self, kind: str, key: Key, shape: AttentionShape, heads: float) -> float: ...
+
+
+class OpPrices(Protocol):
+    """Prices other ops; `OpTimes` does."""
+
+    def estimate(self, kind: str, key: Key, call: OpCall) -> Estimate: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """What was measured."""
+    """Where prices come from."""
 
-    kernels: KernelTimes
-    ops: OpTimes
+    kernels: LayerPrices
+    ops: OpPrices
 
 
 def shipped_tables() -> Tables:
