@@ -8,6 +8,7 @@ from pathlib import Path
 from thalweg.errors import ConfigError
 from thalweg.planner.accuracy import Report, Score, Trial, score
 from thalweg.planner.accuracy_kernels import kernel_layer, rows_layer
+from thalweg.planner.accuracy_steps import step_layer
 from thalweg.planner.kernel_times import shipped_kernel_times
 from thalweg.planner.serving_rows import Comparison, compare
 from thalweg.planner.tables import KERNEL_COLUMNS, SERVING_COLUMNS, kernel_rows, read_file, read_rows
@@ -18,6 +19,7 @@ def check(rows: Path | None = None) -> Report:
     if rows is None:
         scores, regrets = kernel_layer()
         comparisons = compare(read_rows("v4_measured_serving.csv"))
+        scores += step_layer()
         scores += _serving_scores(comparisons)
         return Report(tuple(scores), tuple(regrets), tuple(comparisons), shipped_kernel_times().findings())
     found, kernel = _given(rows)

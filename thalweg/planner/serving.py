@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from thalweg.errors import ConfigError
 from thalweg.planner.cost import Estimate, StepWork, total
@@ -56,13 +57,17 @@ class Serving:
         return self.cost.estimate(StepWork.decode(batch, context, 1 + speculation.drafts if speculation else 1))
 
     def tpot(self, concurrency: int, prompt_tokens: int, output_tokens: int) -> Estimate:
-        """Seconds between tokens in a closed loop: a request decodes through the prompts of all others of its rank."""
-        context = prompt_tokens + output_tokens // 2
-        parts = [self.decode_step(concurrency, context) * (1 / self.tokens_per_step())]
+        """Seconds between tokens in a closed loop: a request decodes through the prompts of all others of its rank.
+
+        So it is in a steady loop; requests that began together each wait for half of the others, which the interval
+        allows for.
+        """
+        step = self.decode_step(concurrency, prompt_tokens + output_tokens // 2) * (1 / self.tokens_per_step())
         others = math.ceil(concurrency / self._deployment.layout.dp) - 1
-        if others:
-            parts.append(self.cold_ttft(prompt_tokens) * (others / output_tokens))
-        return total(parts)
+        if not others:
+            return step
+        waits = self.cold_ttft(prompt_tokens) * (others / output_tokens)
+        return total((step, replace(waits, low=waits.low / 2)))
 
     def makespan(self, prompts: int, prompt_tokens: int) -> Estimate:
         """Until the last of equal prompts that arrive together has its first token; ranks share them evenly."""

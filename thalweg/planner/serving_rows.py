@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from thalweg.config.model_parse import load_model_config
@@ -60,6 +60,7 @@ class Case:
     concurrency: int
     utilization: float
     outdated: bool  # an engine older than the tables' rows of it
+    acceptance_stated: bool
 
 
 @cache
@@ -134,20 +135,20 @@ def read_case(row: Row) -> Case:
     model = next((name for name in ("flash", "pro") if name in row["model"].lower()), None)
     if model is None or row["quant"] not in QUANTS:
         raise ConfigError(f"model {row['model']!r} in {row['quant']!r} is not known", param="model")
-    notes = row["note"]
+    stated = _stated_acceptance(row["note"])
     deployment = Deployment(
         framework,
         accelerator(row["hw"]).name,
         _layout(text),
         QUANTS[row["quant"]],
         _number(r"chunk (\d+)", row["source"], CHUNK_TOKENS),
-        _speculation(text, notes),
+        _speculation(text, stated),
     )
     sizes = (int(float(row[name] or 0)) for name in ("isl", "osl", "concurrency"))
     prompt, output, concurrency = sizes
     utilization = float(found[1]) if (found := re.search(r"util ([\d.]+)", row["source"])) else 0.9
     outdated = _version(row["engine"]) < _version(f"{framework} {_table_version(framework)}")
-    return Case(model, deployment, prompt, output, concurrency, utilization, outdated)
+    return Case(model, deployment, prompt, output, concurrency, utilization, outdated, stated is not None)
 
 
 def _version(engine: str) -> tuple[int, ...]:
@@ -176,14 +177,19 @@ def _layout(text: str) -> ParallelLayout:
     return ParallelLayout(tp or 1, dp or 1, 1, expert_parallel)
 
 
-def _speculation(text: str, notes: str) -> Speculation | None:
+def _stated_acceptance(note: str) -> float | None:
+    """Tokens per step that a row states beside its times."""
+    found = re.search(r"acceptance .*length ([\d.]+)", note)
+    return float(found[1]) if found else None
+
+
+def _speculation(text: str, stated: float | None) -> Speculation | None:
     eagle = re.search(r"eagle (\d)-\d-\d", text)
     mtp = re.search(r"mtp ?(\d)", text)
     drafts = int((eagle or mtp or ["", "0"])[1])
     if not drafts:
         return None
-    stated = re.search(r"(?:mean )?length ([\d.]+)", notes)
-    return Speculation(drafts, float(stated[1]) if stated else acceptance(drafts))
+    return Speculation(drafts, acceptance(drafts) if stated is None else stated)
 
 
 @cache
@@ -220,7 +226,12 @@ def predict(case: Case, quantity: str, serving: Serving | None = None) -> Estima
         return serving.queued_ttft(case.concurrency, case.prompt_tokens)
     if quantity == "makespan":
         return serving.makespan(case.concurrency, case.prompt_tokens)
-    return serving.tpot(case.concurrency, case.prompt_tokens, max(1, case.output_tokens))
+    estimate = serving.tpot(case.concurrency, case.prompt_tokens, max(1, case.output_tokens))
+    speculation = case.deployment.speculation
+    if speculation is None or case.acceptance_stated:
+        return estimate
+    least = acceptance(speculation.drafts, thinking=True)  # of the task nothing is known: thinking accepts fewer
+    return replace(estimate, high=estimate.high * speculation.accepted / least)
 
 
 def _unclaimed(case: Case, quantity: str) -> str:
