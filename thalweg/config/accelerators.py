@@ -11,9 +11,9 @@ from thalweg.errors import ConfigError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """One GPU. Bytes; bytes per second of memory, of the link to the `link_gpus` that share it, of the network beyond them
-    and of the link to the host (links in one direction); operations per second of dense products in bf16, fp8 and fp4
-    (None where it has none) and of ordinary fp32 arithmetic. `architecture` is what kernels are compiled for."""
+    """One GPU. Bytes; bytes per second of memory and, in one direction, of the link among `link_gpus`, of the network
+    beyond them and of the link to the host; operations per second of dense products in bf16, fp8 and fp4 (None where it
+    has none) and of ordinary fp32 arithmetic. `architecture` is what kernels are compiled for."""
 
     name: str
     memory_bytes: int

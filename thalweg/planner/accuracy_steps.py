@@ -1,7 +1,7 @@
 """The step layer of the accuracy check: timed steps of our own engine, fitted on some and predicted on the others.
 
-No GPU's steps of V4 are published, so these are of our CPU engine with the embedded model: the same protocol, real steps
-of prompts, decodes and both together, up to 256K tokens of context.
+No GPU's steps of V4 are published, so these are of our CPU engine with the embedded model: the same protocol, real
+steps of prompts, decodes and both together, up to 256K tokens of context.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from thalweg.planner.fitting import Array, GroupedFit
 from thalweg.planner.tables import Row, read_rows
 
 MACHINE = "engine"
-WIDTHS = {Origin.INTERPOLATED: 0.07, Origin.EXTRAPOLATED: 0.08}  # log, as in kernel_times: held-out 80% quantiles
+NOISE = 0.1  # of steps of a millisecond beside other programs
+WIDTHS = {"prompt": 0.065, "mixed": 0.065, "decode": 0.25}  # log, as in kernel_times: held-out 80% quantiles
 Step = tuple[StepWork, float]
 
 
 def step_rows(rows: Sequence[Row]) -> list[Step]:
-    """Steps of the table: chunks as `new+past;...`, counts of decodes, seconds. A run of decodes of as many sequences is
-    one step, its middle and median: which of them close a compression window is nothing that a plan is about."""
+    """Steps of the table: chunks as `new+past;...`, counts of decodes, seconds. A run of decodes of as many sequences
+    is one step, its middle and median: which of them close a compression window is no matter of planning."""
     steps: list[Step] = []
     timed = [(_work(row), float(row["seconds"])) for row in rows]
     for (chunks, _), found in groupby(timed, lambda step: (step[0].chunks, step[0].decodes)):
@@ -72,14 +73,15 @@ def trials(fitted: Sequence[Step], held_out: Sequence[Step], origin: Origin) -> 
         np.array([_parts(work) for work, _ in fitted]),
         np.array([_place(work) for work, _ in fitted]),
         np.array([seconds for _, seconds in fitted]),
+        NOISE,
     )
-    width = math.exp(WIDTHS[origin])
     per_token = float(np.median([s / w.tokens for w, s in fitted if w.chunks]))
     per_decode = float(np.median([s / w.decodes for w, s in fitted if not w.chunks]))
     found = []
     for work, seconds in held_out:
         guess = fits.fit((MACHINE, _sort(work))).seconds(_parts(work), _place(work))
         constant = per_token * work.tokens if work.chunks else per_decode * work.decodes
+        width = math.exp(WIDTHS[_sort(work)])
         estimate = Estimate(guess, guess / width, guess * width, origin)
         found.append(Trial(_sort(work), seconds, estimate, {"constant rate": constant}))
     return found
@@ -101,7 +103,7 @@ def _fold(index: int) -> int:
 
 
 def _parts(work: StepWork) -> Array:
-    """What a step's time is a sum of: the step, its chunks and prompt tokens with their contexts, decodes with theirs."""
+    """What a step's time is a sum of: the step, chunks, prompt tokens and their contexts, decodes and theirs."""
     new = sum(n for n, _ in work.chunks)
     scanned = sum(n * (past + n / 2) for n, past in work.chunks)
     counts = (1, len(work.chunks), new, scanned, work.decode_tokens, work.decode_context, bool(work.decodes))

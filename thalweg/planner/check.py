@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from thalweg.errors import ConfigError
-from thalweg.planner.accuracy import Report, Score, Trial, score
+from thalweg.planner.accuracy import Regret, Report, Score, Trial, regret, score
 from thalweg.planner.accuracy_kernels import kernel_layer, rows_layer
 from thalweg.planner.accuracy_steps import step_layer
 from thalweg.planner.kernel_times import shipped_kernel_times
@@ -21,6 +22,7 @@ def check(rows: Path | None = None) -> Report:
         comparisons = compare(read_rows("v4_measured_serving.csv"))
         scores += step_layer()
         scores += _serving_scores(comparisons)
+        regrets += _layout_regret(comparisons)
         return Report(tuple(scores), tuple(regrets), tuple(comparisons), shipped_kernel_times().findings())
     found, kernel = _given(rows)
     if kernel:
@@ -52,6 +54,16 @@ def _serving_scores(comparisons: Sequence[Comparison]) -> list[Score]:
     ]
     scores.append(score("memory", "claimed", _trials(capacities)))
     return [s for s in scores if s]
+
+
+def _layout_regret(comparisons: Sequence[Comparison]) -> list[Regret]:
+    """Which of the configurations that were measured under one load gives the first token soonest."""
+    loads: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for c in comparisons:
+        if c.claimed and c.quantity == "ttft" and c.estimate:
+            loads[c.load].append((c.estimate.seconds, c.measured))
+    found = regret("configuration of a load, by first-token time", loads.values())
+    return [found] if found else []
 
 
 def _trials(comparisons: Iterable[Comparison]) -> list[Trial]:

@@ -23,8 +23,8 @@ Key = tuple[str, ...]
 SHARED_WEIGHT = 0.15  # of the coefficients one level up, in rows per coefficient
 OCTAVES = 2.5  # over so many doublings of a size residuals are alike
 APART = 12.5  # octaves between places that share no residual
-NOISE = 0.012  # relative scatter of repeated measurements
-ODD = 0.12  # a row this far (log) from what its neighbours say is kept out of the fit
+NOISE = 0.012  # relative scatter of repeated measurements of the tables
+ODD_NOISES = 10  # a row so many times the noise away from what its neighbours say is kept out of the fit
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Smooth:
         return float(self.variance * _alike(place[None, :], self.places)[0] @ self.weights)
 
 
-def smooth(places: Array, residuals: Array) -> tuple[Smooth, Array]:
+def smooth(places: Array, residuals: Array, noise: float) -> tuple[Smooth, Array]:
     """The correction, and how far each row is from what the other rows say of its place."""
     variance = float(np.mean(residuals**2))
     if variance == 0.0:
         return Smooth(places, np.zeros(len(residuals)), 0.0), residuals
-    inverse = np.linalg.inv(variance * _alike(places, places) + NOISE**2 * np.eye(len(places)))
+    inverse = np.linalg.inv(variance * _alike(places, places) + noise**2 * np.eye(len(places)))
     weights = inverse @ residuals
     return Smooth(places, weights, variance), weights / np.diag(inverse)
 
@@ -74,10 +74,14 @@ class Fit:
 class GroupedFit:
     """Fits of a table by key, such as (framework, device): made when first asked for, then kept.
 
-    `features`: rows x parts, ideal seconds; `places`: rows x sizes, in octaves; `seconds`: measured.
+    `features`: rows x parts, ideal seconds; `places`: rows x sizes, in octaves; `seconds`: measured, with a relative
+    scatter of `noise`.
     """
 
-    def __init__(self, keys: Sequence[Key], features: Array, places: Array, seconds: Array) -> None:
+    def __init__(
+        self, keys: Sequence[Key], features: Array, places: Array, seconds: Array, noise: float = NOISE
+    ) -> None:
+        self._noise = noise
         self._keys, self._features, self._places, self._seconds = keys, features, places, seconds
         self._rows: dict[Key, list[int]] = {}
         for index, key in enumerate(keys):
@@ -114,12 +118,12 @@ class GroupedFit:
         if not own:
             return Fit(coefficients, None, ())
         rows = np.array(self._rows[key])
-        correction, surprise = smooth(self._places[rows], self._residuals(rows, coefficients))
-        odd = np.abs(surprise) > ODD
+        correction, surprise = smooth(self._places[rows], self._residuals(rows, coefficients), self._noise)
+        odd = np.abs(surprise) > ODD_NOISES * self._noise
         if odd.any() and odd.sum() <= len(rows) // 4:
             kept = rows[~odd]
             coefficients = self._solve(key, list(kept))
-            correction, _ = smooth(self._places[kept], self._residuals(kept, coefficients))
+            correction, _ = smooth(self._places[kept], self._residuals(kept, coefficients), self._noise)
             return Fit(coefficients, correction, tuple(int(i) for i in rows[odd]))
         return Fit(coefficients, correction, ())
 

@@ -101,6 +101,7 @@ class KernelTimes:
             self._by_kind[row_kind(row)].append(row)
             self._exact[_identity(row)].append(row.seconds)
         self._fits: dict[str, GroupedFit] = {}
+        self._known: dict[tuple[str, Key, AttentionShape], Array] = {}  # sizes of the rows of a key
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -202,14 +203,15 @@ class KernelTimes:
         return (replace(query, path=3 - query.path),) if unknown else ()
 
     def _origin(self, kind: str, key: Key, shape: AttentionShape, query: KernelQuery) -> Origin:
-        rows = [self._by_kind[kind][i] for i in self._fit(kind).rows(key)]
-        if not rows:
+        if not self._fit(kind).has(key):
             return Origin.BOUND
-        size = _sizes(query)
-        known = [_sizes(row_query(r)) for r in rows if shape_of(r.model, layer_kind(r.kind)) == shape]
-        above = any(all(k >= s for k, s in zip(row, size, strict=True)) for row in known)
-        below = any(all(k <= s for k, s in zip(row, size, strict=True)) for row in known)
-        return Origin.INTERPOLATED if above and below else Origin.EXTRAPOLATED
+        if (kind, key, shape) not in self._known:
+            rows = [self._by_kind[kind][i] for i in self._fit(kind).rows(key)]
+            sizes = [_sizes(row_query(r)) for r in rows if shape_of(r.model, layer_kind(r.kind)) == shape]
+            self._known[kind, key, shape] = np.array(sizes).reshape(-1, 4)
+        known, size = self._known[kind, key, shape], np.array(_sizes(query))
+        between = bool((known >= size).all(axis=1).any() and (known <= size).all(axis=1).any())
+        return Origin.INTERPOLATED if between else Origin.EXTRAPOLATED
 
 
 def row_query(row: KernelRow) -> KernelQuery:

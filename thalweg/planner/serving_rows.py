@@ -38,6 +38,7 @@ class Comparison:
 
     quantity: str
     where: str
+    load: str  # what of `where` is not a choice of the one who serves
     unit: str
     measured: float
     estimate: Estimate | None
@@ -85,9 +86,12 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
     return found
 
 
+def _load(row: Row) -> str:
+    return f"{row['hw']} {row['model']} {row['isl']}/{row['osl']} c={row['concurrency']}"
+
+
 def _where(row: Row) -> str:
-    size = f"{row['isl']}/{row['osl']} c={row['concurrency']}".strip()
-    return " ".join(f"{row['hw']} {row['model']} {row['quant']} {row['engine']} {row['config']} {size}".split())
+    return " ".join(f"{_load(row)} {row['quant']} {row['engine']} {row['config']}".split())
 
 
 def _figures(row: Row) -> dict[str, tuple[float, str]]:
@@ -110,7 +114,10 @@ def _compare_row(row: Row) -> list[Comparison]:
     try:
         case = read_case(row)
     except ConfigError as error:
-        return [Comparison(q, _where(row), unit, value, None, error.message) for q, (value, unit) in figures.items()]
+        return [
+            Comparison(q, _where(row), _load(row), unit, value, None, error.message)
+            for q, (value, unit) in figures.items()
+        ]
     found = []
     for quantity, (value, unit) in figures.items():
         try:
@@ -118,7 +125,7 @@ def _compare_row(row: Row) -> list[Comparison]:
             reason, baselines = _unclaimed(case, quantity), _baselines(case, quantity)
         except ConfigError as error:
             estimate, reason, baselines = None, error.message, {}
-        found.append(Comparison(quantity, _where(row), unit, value, estimate, reason, baselines))
+        found.append(Comparison(quantity, _where(row), _load(row), unit, value, estimate, reason, baselines))
     return found
 
 

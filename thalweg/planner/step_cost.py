@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from thalweg.config.accelerators import Accelerator
@@ -71,11 +72,9 @@ class ModelStepCost:
         self._experts = ExpertShape(
             model.hidden_size, model.moe_intermediate_size, model.num_experts, model.experts_per_token
         )
-        speculation = deployment.speculation
-        self._tokens_each = 1 + speculation.drafts if speculation else 1
         self._floors = self._floor("prefill"), self._floor("decode")
         self._chunk = _Grid(self._price_chunk)
-        self._decode = _Grid(self._price_decode)
+        self._decode: dict[int, _Grid] = {}  # by the tokens that each sequence computes
         self._dense = _Grid(lambda tokens, sampled: total(self._dense_ops(tokens, sampled).values()).seconds)
 
     def seconds(self, work: StepWork) -> float:
@@ -86,7 +85,10 @@ class ModelStepCost:
         for new, past in work.chunks:
             seconds += self._chunk.at(new, past)
         if work.decodes:
-            seconds += self._decode.at(work.decodes, work.decode_context / work.decodes)
+            each = round(work.decode_tokens / work.decodes)
+            if each not in self._decode:
+                self._decode[each] = _Grid(partial(self._price_decode, each))
+            seconds += self._decode[each].at(work.decodes, work.decode_context / work.decodes)
         return seconds
 
     def estimate(self, work: StepWork) -> Estimate:
@@ -109,7 +111,7 @@ class ModelStepCost:
         if self.deployment.layout.cp > 1:
             found["context gather"] = total(self._context_gather(new) for new, _ in work.chunks)
         found |= self._dense_ops(work.tokens, work.sampled)
-        if work.decodes and self.deployment.speculation:
+        if work.decode_tokens > work.decodes:
             found["drafts"] = self._draft_estimate(work.decodes)
         return found
 
@@ -117,10 +119,10 @@ class ModelStepCost:
         layers = (self._prefill(kind, new, past) * count for kind, count in self._layers.items())
         return total((*layers, self._context_gather(new))).seconds
 
-    def _price_decode(self, batch: float, context: float) -> float:
-        query = KernelQuery(batch, self._tokens_each, max(1.0, context), self._heads)
+    def _price_decode(self, each: int, batch: float, context: float) -> float:
+        query = KernelQuery(batch, each, max(1.0, context), self._heads)
         layers = (self._layer("decode", kind, query) * count for kind, count in self._layers.items())
-        return total((*layers, self._draft_estimate(batch))).seconds
+        return total((*layers, self._draft_estimate(batch) if each > 1 else NOTHING)).seconds
 
     def _shared(self, work: StepWork) -> float:
         """What parts of a step that run in one launch do not pay twice."""
