@@ -97,6 +97,7 @@ def test_a_rows_configuration_is_read() -> None:
         ({"hw": "2xRTX PRO 6000"}, "hardware: "),
         ({"config": ""}, "the layout is not stated"),
         ({"config": "TP8 disagg"}, "prefill and decode on separate GPUs"),
+        ({"note": "90% reuse"}, "part of the prompts is reused"),
         ({"engine": "vllm 0.20"}, "an engine older than the tables'"),
         ({"engine": "tensorrt-llm 1.3"}, "has no rows"),
     ],

@@ -20,7 +20,7 @@ from scipy.optimize import nnls
 Array = NDArray[np.float64]
 Key = tuple[str, ...]
 
-SHARED_WEIGHT = 0.5  # of the coefficients one level up, in rows per coefficient; chosen by the kernel layer's held-out rows
+SHARED_WEIGHT = 0.5  # of the coefficients one level up, in rows per coefficient: best for the kernel layer
 OCTAVES = 2.5  # over so many doublings of a size residuals are alike
 APART = 12.5  # octaves between places that share no residual
 ODD_NOISES = 10  # a row so many times the noise away from what its neighbours say is kept out of the fit
