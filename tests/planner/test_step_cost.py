@@ -70,6 +70,14 @@ def test_a_mixed_step_costs_less_than_its_parts_apart_and_more_than_either() -> 
     assert max(apart) < price.estimate(mixed).seconds < sum(apart)
 
 
+def test_many_small_chunks_launch_once() -> None:
+    price = cost()
+    one, many = StepWork.prefill(32, 1000), StepWork(((32, 1000),) * 40)
+    together = price.estimate(many)
+    assert price.estimate(one).seconds < together.seconds < 40 * price.estimate(one).seconds
+    assert 0 < together.low < together.seconds < together.high
+
+
 def test_parts_name_what_costs_and_sum_to_the_step() -> None:
     parts = cost().parts(StepWork.prefill(8192, 900_000))
     whole = cost().estimate(StepWork.prefill(8192, 900_000)).seconds
