@@ -490,4 +490,4 @@ class Coordinator:
                     expected[group][block] += 1
         for group, pool in self.pools.items():
             pool.check()
-            assert pool.references().tolist() == expected[group], f"references of group {group} do not add up"
+            assert pool.references() == expected[group], f"references of group {group} do not add up"
