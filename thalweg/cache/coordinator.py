@@ -8,18 +8,19 @@ is being copied is held like a running request's blocks.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 from thalweg.cache.geometry import CacheGroupSpec, Group
+from thalweg.cache.keys import UnitKeys
 from thalweg.cache.policy import CheckpointPolicy, CheckpointReason, Resume
 from thalweg.cache.pool import BlockPool, GroupUsage
 from thalweg.cache.prefix_index import Blocks, Match, Namespace, PrefixIndex, UnitNode
 from thalweg.cache.sequence import SequenceCache, Snapshot
 from thalweg.cache.tables import GrowingTable, SlidingTable
-from thalweg.types import CacheReport, MissReason, TokenArray
+from thalweg.types import CacheReport, MissReason
 
 Held = tuple[tuple[Group, int], ...]
-_NO_MATCH = Match((), 0, 0, False)
+_NO_MATCH = Match((), 0, False)
 _FRESH_KEPT = 4096
 
 
@@ -33,12 +34,13 @@ class Coordinator:
         policy: CheckpointPolicy,
         *,
         prefix_caching: bool = True,
+        keys: UnitKeys | None = None,
     ) -> None:
         self.groups = groups
         self.policy = policy
         self.prefix_caching = prefix_caching
         self.pools = {spec.group: BlockPool(pool_blocks[spec.group]) for spec in groups}
-        self.index = PrefixIndex(policy.unit_tokens)
+        self.index = PrefixIndex(policy.unit_tokens, keys)
         self.fresh_checkpoints: deque[UnitNode] = deque(maxlen=_FRESH_KEPT)  # made since somebody last took them
         self.checkpoints_made: Counter[CheckpointReason] = Counter()
         self.evicted: Counter[Group] = Counter()  # units or checkpoints, by the group that needed room
@@ -49,7 +51,7 @@ class Coordinator:
 
     # -- attaching --------------------------------------------------------------------------------------------
 
-    def probe(self, tokens: TokenArray, namespace: Namespace) -> Match:
+    def probe(self, tokens: Sized, namespace: Namespace) -> Match:
         """How far `tokens` is cached. Changes nothing. At least one token is always left to compute."""
         if not self.prefix_caching:
             return _NO_MATCH
@@ -60,7 +62,7 @@ class Coordinator:
         return (tokens - 1) // self.policy.unit_tokens
 
     def attach(
-        self, tokens: TokenArray, namespace: Namespace, hints: Iterable[int] = (), *, reuse: bool = True
+        self, tokens: Sized, namespace: Namespace, hints: Iterable[int] = (), *, reuse: bool = True
     ) -> SequenceCache | None:
         """Start a request where least is left to compute, or None if the pools cannot promise room for its tokens.
 
@@ -145,7 +147,7 @@ class Coordinator:
         return True
 
     def _explain(
-        self, match: Match, tokens: TokenArray, namespace: Namespace, caching: bool
+        self, match: Match, tokens: Sized, namespace: Namespace, caching: bool
     ) -> tuple[MissReason, int | None]:
         limit = self.reusable_units(len(tokens))
         if not caching:
@@ -157,18 +159,18 @@ class Coordinator:
         if match.next_was_evicted:
             return MissReason.EVICTED, None
         if len(match.path) > match.resume and self.policy.keeps:
-            return MissReason.NO_CHECKPOINT, match.common_tokens
+            return MissReason.NO_CHECKPOINT, self.index.common_tokens(namespace, match, tokens)
         if match.path:
-            return (MissReason.DIVERGED, match.common_tokens) if match.path[-1].children else (MissReason.NONE, None)
+            return (MissReason.DIVERGED, self.index.common_tokens(namespace, match, tokens)) if match.path[-1].children else (MissReason.NONE, None)
         if self.index.under_other_salt(namespace, tokens):
             return MissReason.TENANT, None
         known = self.index.root(namespace).children
-        return (MissReason.DIVERGED, match.common_tokens) if known else (MissReason.COLD, None)
+        return (MissReason.DIVERGED, self.index.common_tokens(namespace, match, tokens)) if known else (MissReason.COLD, None)
 
     # -- lower tiers ------------------------------------------------------------------------------------------
 
     def begin_load(
-        self, tokens: TokenArray, namespace: Namespace, units: int, *, checkpoint: bool
+        self, tokens: Sized, namespace: Namespace, units: int, *, checkpoint: bool
     ) -> SequenceCache | None:
         """Blocks for the rows of the first `units` units that are not here, and for the checkpoint after them.
 
@@ -189,7 +191,7 @@ class Coordinator:
             return None
         return cache
 
-    def finish_load(self, cache: SequenceCache, tokens: TokenArray, units: int, *, checkpoint: bool) -> None:
+    def finish_load(self, cache: SequenceCache, tokens: Sized, units: int, *, checkpoint: bool) -> None:
         """Rows up to unit `units` have arrived: publish them, with the checkpoint after them if that has, too."""
         unit = self.policy.unit_tokens
         assert cache.computed_tokens <= units * unit, "less was loaded than was there before"
@@ -199,7 +201,7 @@ class Coordinator:
         self._publish(cache, tokens, start - 1)
         self._drop(cache)
 
-    def restore(self, tokens: TokenArray, namespace: Namespace, saved: Snapshot) -> SequenceCache | None:
+    def restore(self, tokens: Sized, namespace: Namespace, saved: Snapshot) -> SequenceCache | None:
         """Blocks for a request that gave way and comes back with its rows; None if there is no room.
 
         It holds the same block numbers as before. Blocks of units that the index still has are shared: `rows_from` says
@@ -220,7 +222,7 @@ class Coordinator:
             return None
         return cache
 
-    def finish_restore(self, cache: SequenceCache, tokens: TokenArray, saved: Snapshot, *, filled: bool) -> None:
+    def finish_restore(self, cache: SequenceCache, tokens: Sized, saved: Snapshot, *, filled: bool) -> None:
         """The blocks of a restored request hold its rows again, or, where they could not be filled, are given up."""
         if not filled:
             self._drop(cache)
@@ -289,7 +291,7 @@ class Coordinator:
         start = max(cache.computed_tokens, cache.rows_from - 1)
         return self.policy.wanted(cache.chosen, start, end)
 
-    def commit(self, cache: SequenceCache, tokens: TokenArray, end: int) -> None:
+    def commit(self, cache: SequenceCache, tokens: Sized, end: int) -> None:
         """Tokens up to `end` are in the blocks: publish finished units and let go of what is not needed any more."""
         start, cache.computed_tokens = cache.computed_tokens, end
         self._publish(cache, tokens, start)
@@ -336,7 +338,7 @@ class Coordinator:
             numbers += self.checkpoint_numbers(spec, self.policy.boundary(end))
         return numbers
 
-    def _publish(self, cache: SequenceCache, tokens: TokenArray, start: int) -> None:
+    def _publish(self, cache: SequenceCache, tokens: Sized, start: int) -> None:
         """Walk or extend the index to the last complete unit; attach the planned checkpoints on the way.
 
         `start` is where the step began: a replay ends on the unit that it stands on already.
