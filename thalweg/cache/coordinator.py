@@ -122,24 +122,23 @@ class Coordinator:
             for unit_node in attached:
                 table.append(self.pools[spec.group].share(unit_node.blocks[spec.group]))
         for spec in self._sliding:
-            cache.sliding[spec.group] = SlidingTable()
+            cache.sliding[spec.group] = SlidingTable(spec)
         self._running.add(cache)
         return cache
 
     def _share_checkpoint(self, cache: SequenceCache, node: UnitNode) -> None:
         assert node.checkpoint is not None, "resumed at a unit without a checkpoint"
         for spec in self._sliding:
-            numbers = self.checkpoint_numbers(spec, cache.computed_tokens)
+            numbers = spec.checkpoint_numbers(cache.computed_tokens)
             for number, block in zip(numbers, node.checkpoint[spec.group], strict=True):
                 cache.sliding[spec.group].put(number, self.pools[spec.group].share(block))
 
     def _room_for(self, attached: Sequence[UnitNode], tokens: int) -> bool:
         """True if every known token of this request fits beside what running requests were promised."""
         for spec in self._compressed:
-            pool = self.pools[spec.group]
-            promised = sum(
-                max(0, -(-c.target_tokens // spec.tokens_per_block) - len(c.growing[spec.group])) for c in self._running
-            )
+            pool, size, group = self.pools[spec.group], spec.tokens_per_block, spec.group
+            ahead = [c for c in self._running if len(c.growing[group]) * size < c.target_tokens]
+            promised = sum(-(-c.target_tokens // size) - len(c.growing[group]) for c in ahead)
             shared = [node.blocks[spec.group] for node in attached]
             idle = pool.idle_blocks - sum(pool.is_idle(block) for block in shared)
             if -(-tokens // spec.tokens_per_block) - len(shared) > pool.free_blocks + idle - promised:
@@ -185,7 +184,7 @@ class Coordinator:
         cache = self._start(CacheReport(), Resume(len(path), len(path) * unit, 0), node, {}, path, len(tokens))
         wanted: dict[Group, list[int]] = {s.group: list(range(len(path), units)) for s in self._compressed}
         for spec in self._sliding:
-            wanted[spec.group] = list(self.checkpoint_numbers(spec, units * unit)) if checkpoint else []
+            wanted[spec.group] = list(spec.checkpoint_numbers(units * unit)) if checkpoint else []
         if not self._allocate(cache, wanted):
             self._drop(cache)
             return None
@@ -253,15 +252,18 @@ class Coordinator:
 
     def _allocate(self, cache: SequenceCache, wanted: Mapping[Group, list[int]]) -> bool:
         """Give a request free blocks at these numbers in every pool, or in none and False. May evict idle blocks."""
-        if not self._make_room(wanted):
+        lacking = {group: len(numbers) for group, numbers in wanted.items()}
+        for spec in self._sliding:
+            lacking[spec.group] = max(0, lacking[spec.group] - len(cache.sliding[spec.group].spare))
+        if not self._make_room(lacking):
             return False
-        for spec in self.groups:
+        for spec in self._compressed:
+            for _ in wanted[spec.group]:
+                cache.growing[spec.group].append(self.pools[spec.group].allocate())
+        for spec in self._sliding:
+            table, pool = cache.sliding[spec.group], self.pools[spec.group]
             for number in wanted[spec.group]:
-                block = self.pools[spec.group].allocate()
-                if spec.compressed:
-                    cache.growing[spec.group].append(block)
-                else:
-                    cache.sliding[spec.group].put(number, block)
+                table.put(number, table.spare.pop() if table.spare else pool.allocate())
         return True
 
     def _drop(self, cache: SequenceCache) -> None:
@@ -276,6 +278,8 @@ class Coordinator:
 
     def reserve(self, cache: SequenceCache, end: int) -> bool:
         """Blocks for computing tokens up to `end`: in all pools, or in none and False. May evict idle blocks."""
+        if cache.begins_quietly(end, self.policy.unit_tokens, self.pools):
+            return True
         planned = self._planned(cache, end)
         if not self._allocate(cache, self._wanted(cache, end, planned)):
             planned = {}  # checkpoints are a wish, the step itself is not
@@ -293,15 +297,19 @@ class Coordinator:
 
     def commit(self, cache: SequenceCache, tokens: Sized, end: int) -> None:
         """Tokens up to `end` are in the blocks: publish finished units and let go of what is not needed any more."""
+        if end <= cache.quiet_until:
+            return cache.end_quiet_step()
         start, cache.computed_tokens = cache.computed_tokens, end
         self._publish(cache, tokens, start)
         cache.planned = {}
+        last = self._last_boundary(cache, end)
         for spec in self._sliding:
-            table = cache.sliding[spec.group]
-            keep = set(self._live_numbers(spec, end, cache.node is not None))
-            for number in table.numbers():
-                if number not in keep:
-                    self.pools[spec.group].release(table.pop(number))
+            table, pool = cache.sliding[spec.group], self.pools[spec.group]
+            needed = spec.needed_numbers(end, last)
+            for number in [n for n in table.numbers() if n not in needed]:
+                block = table.pop(number)
+                if not (pool.is_sole(block) and table.spare_if_few(block)):
+                    pool.release(block)
 
     def release(self, cache: SequenceCache, *, keep_state: bool) -> None:
         """End a request. With `keep_state` the last boundary it passed gets a checkpoint (end of output)."""
@@ -320,23 +328,16 @@ class Coordinator:
             if spec.compressed:
                 wanted[spec.group] = list(range(len(cache.growing[spec.group]), -(-end // size)))
                 continue
-            numbers = set(self._live_numbers(spec, end, cache.node is not None))
-            numbers.update(n for p in planned for n in self.checkpoint_numbers(spec, p))
+            numbers = spec.needed_numbers(end, self._last_boundary(cache, end))
+            numbers.update(n for p in planned for n in spec.checkpoint_numbers(p))
             first = cache.computed_tokens // size
             held = cache.sliding[spec.group]
             wanted[spec.group] = sorted(n for n in numbers if n >= first and n not in held)
         return wanted
 
-    def checkpoint_numbers(self, spec: CacheGroupSpec, boundary: int) -> range:
-        """Block numbers of a sliding group that a checkpoint at a unit boundary consists of."""
-        return range(spec.first_live_block(boundary), boundary // spec.tokens_per_block)
-
-    def _live_numbers(self, spec: CacheGroupSpec, end: int, publishing: bool) -> list[int]:
-        """Block numbers needed after a step to `end`: to go on, and to checkpoint the last boundary if it ends here."""
-        numbers = list(range(spec.first_live_block(end), -(-end // spec.tokens_per_block)))
-        if publishing:
-            numbers += self.checkpoint_numbers(spec, self.policy.boundary(end))
-        return numbers
+    def _last_boundary(self, cache: SequenceCache, end: int) -> int | None:
+        """Where a request that ends after a step to `end` gets a checkpoint; None: nowhere."""
+        return self.policy.boundary(end) if cache.node is not None else None
 
     def _publish(self, cache: SequenceCache, tokens: Sized, start: int) -> None:
         """Walk or extend the index to the last complete unit; attach the planned checkpoints on the way.
@@ -386,7 +387,7 @@ class Coordinator:
         blocks: dict[Group, tuple[int, ...]] = {}
         for spec in self._sliding:
             table = cache.sliding[spec.group]
-            numbers = self.checkpoint_numbers(spec, node.depth * self.policy.unit_tokens)
+            numbers = spec.checkpoint_numbers(node.depth * self.policy.unit_tokens)
             if any(number not in table for number in numbers):
                 return
             blocks[spec.group] = tuple(table[number] for number in numbers)
@@ -408,13 +409,13 @@ class Coordinator:
 
     # -- eviction ---------------------------------------------------------------------------------------------
 
-    def _make_room(self, wanted: Mapping[Group, list[int]]) -> bool:
+    def _make_room(self, wanted: Mapping[Group, int]) -> bool:
         """Evict until every pool has the wanted number of free blocks; False, with nothing evicted, if one cannot."""
-        if any(p.free_blocks + p.idle_blocks < len(wanted[g]) for g, p in self.pools.items()):
+        if any(p.free_blocks + p.idle_blocks < wanted[g] for g, p in self.pools.items()):
             return False
         for spec in self.groups:
             evict = self._evict_unit if spec.compressed else self._evict_checkpoint
-            while self.pools[spec.group].free_blocks < len(wanted[spec.group]):
+            while self.pools[spec.group].free_blocks < wanted[spec.group]:
                 if not evict(spec.group):
                     return False
         return True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from thalweg.cache.geometry import Group
 from thalweg.cache.policy import CheckpointReason, Resume
+from thalweg.cache.pool import BlockPool
 from thalweg.cache.prefix_index import UnitNode
 from thalweg.cache.tables import GrowingTable, SlidingTable
 from thalweg.types import CacheReport
@@ -39,6 +40,8 @@ class SequenceCache:
         self.node = node  # the unit of the index this request stands on; None where it does not publish
         self.chosen = chosen
         self.planned: Mapping[int, CheckpointReason] = {}  # checkpoints that the step under way will keep
+        self.quiet_until = 0  # steps of one token up to here concern no pool and no index
+        self._kept: dict[Group, range] = {}  # numbers of the last boundary's checkpoint, as long as steps are quiet
         self.stored_units = 0  # leading units that a lower tier is known to hold
         self.offered_units = 0  # leading units that were offered to lower tiers
 
@@ -49,12 +52,53 @@ class SequenceCache:
         for group, sliding in self.sliding.items():
             yield from ((group, block) for block in sliding.blocks())
 
+    def settle(self, unit: int, pools: Mapping[Group, BlockPool]) -> None:
+        """Find how far steps of one token concern this request's own tables alone."""
+        position, node = self.computed_tokens, self.node
+        end = position - position % unit + unit
+        self._kept = {}
+        self.quiet_until = position
+        if node is not None and node.depth * unit > position:
+            return  # a replay, which ends on a unit that is known
+        if any(len(table) * unit <= position for table in self.growing.values()):
+            return
+        until = end - 1
+        for group, table in self.sliding.items():
+            kept = self._kept[group] = table.kept(end - unit) if node is not None else range(0)
+            until = min(until, table.quiet_until(position, end, kept, pools[group].is_sole))
+        self.quiet_until = until
+
+    def begins_quietly(self, end: int, unit: int, pools: Mapping[Group, BlockPool]) -> bool:
+        """Take blocks for a step from this request's own, if it is a quiet one."""
+        if end != self.computed_tokens + 1:
+            self.quiet_until = 0
+        elif self.quiet_until < end:
+            self.settle(unit, pools)
+        if self.quiet_until < end:
+            self.quiet_until = 0
+            return False
+        for table in self.sliding.values():
+            table.begin_quiet(self.computed_tokens)
+        return True
+
+    def end_quiet_step(self) -> None:
+        self.computed_tokens += 1
+        for group, table in self.sliding.items():
+            table.end_quiet(self.computed_tokens, self._kept[group])
+
+    def advance(self, end: int) -> None:
+        """What so many quiet steps up to `end` do, at once."""
+        for group, table in self.sliding.items():
+            table.advance(self.computed_tokens, end, self._kept[group])
+        self.computed_tokens = end
+
     def snapshot(self) -> Snapshot:
         """What must be moved to go on elsewhere or later without recomputing."""
         numbers = {group: tuple(range(len(table))) for group, table in self.growing.items()}
         numbers |= {group: table.numbers() for group, table in self.sliding.items()}
         blocks = {
-            g: tuple(self.growing[g].blocks() if g in self.growing else self.sliding[g].blocks()) for g in numbers
+            g: tuple(self.growing[g].blocks() if g in self.growing else (self.sliding[g][n] for n in numbers[g]))
+            for g in numbers
         }
         return Snapshot(
             self.computed_tokens, self.state_from, self.rows_from, self.target_tokens, self.chosen, numbers, blocks

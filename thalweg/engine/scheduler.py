@@ -63,9 +63,11 @@ class Scheduler:
         """The next step, with its blocks reserved; empty if nothing can run."""
         self._admit()
         planned: dict[int, SequencePlan] = {}
+        admitted = len(self.running)
         decoding = [r for r in self.running if r.remaining_tokens == 1][: self.limits.max_step_tokens]
         for running, tokens in [*((r, 1) for r in decoding), *self._prompt_shares(len(decoding))]:
-            if tokens > 0:
+            gave_way = len(self.running) < admitted and running not in self.running  # for the sake of an earlier one
+            if tokens > 0 and not gave_way:
                 self._reserve(running, tokens, planned)
         plan = StepPlan(tuple(planned.values()))
         self._given_tokens += plan.tokens
@@ -74,7 +76,8 @@ class Scheduler:
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """How long a step took."""
         depth = max((s.end for s in plan.sequences if s.tokens > 1), default=0)
-        self._pace.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, seconds, depth)
+        decodes = plan.decode_tokens
+        self._pace.observe(decodes, plan.tokens - decodes, seconds, depth)
 
     def expected_seconds(self, sequence: Sequence) -> float | None:
         """How long a queued request will wait for its first token, about; None while no prompt was computed yet.
@@ -187,8 +190,6 @@ class Scheduler:
 
     def _reserve(self, running: Running, tokens: int, planned: dict[int, SequencePlan]) -> None:
         """Reserve blocks for a share of the step, preempting later requests if that is what it takes."""
-        if running not in self.running:
-            return  # preempted for the sake of an earlier one
         start = running.cache.computed_tokens
         while not self.coordinator.reserve(running.cache, start + tokens):
             if self.tiering.free_blocks():
