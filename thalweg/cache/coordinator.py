@@ -158,19 +158,20 @@ class Coordinator:
         if match.next_was_evicted:
             return MissReason.EVICTED, None
         if len(match.path) > match.resume and self.policy.keeps:
-            return MissReason.NO_CHECKPOINT, self.index.common_tokens(namespace, match, tokens)
-        if match.path:
-            return (MissReason.DIVERGED, self.index.common_tokens(namespace, match, tokens)) if match.path[-1].children else (MissReason.NONE, None)
-        if self.index.under_other_salt(namespace, tokens):
+            reason = MissReason.NO_CHECKPOINT
+        elif match.path and not match.path[-1].children:
+            return MissReason.NONE, None
+        elif not match.path and self.index.under_other_salt(namespace, tokens):
             return MissReason.TENANT, None
-        known = self.index.root(namespace).children
-        return (MissReason.DIVERGED, self.index.common_tokens(namespace, match, tokens)) if known else (MissReason.COLD, None)
+        elif not match.path and not self.index.root(namespace).children:
+            return MissReason.COLD, None
+        else:
+            reason = MissReason.DIVERGED
+        return reason, self.index.common_tokens(namespace, match, tokens)
 
     # -- lower tiers ------------------------------------------------------------------------------------------
 
-    def begin_load(
-        self, tokens: Sized, namespace: Namespace, units: int, *, checkpoint: bool
-    ) -> SequenceCache | None:
+    def begin_load(self, tokens: Sized, namespace: Namespace, units: int, *, checkpoint: bool) -> SequenceCache | None:
         """Blocks for the rows of the first `units` units that are not here, and for the checkpoint after them.
 
         The result counts as a running request until `finish_load`. None if the pools cannot promise room for the
@@ -298,7 +299,8 @@ class Coordinator:
     def commit(self, cache: SequenceCache, tokens: Sized, end: int) -> None:
         """Tokens up to `end` are in the blocks: publish finished units and let go of what is not needed any more."""
         if end <= cache.quiet_until:
-            return cache.end_quiet_step()
+            cache.end_quiet_step()
+            return
         start, cache.computed_tokens = cache.computed_tokens, end
         self._publish(cache, tokens, start)
         cache.planned = {}

@@ -322,4 +322,3 @@ class PrefixIndex:
 
     def _was_evicted(self, node: UnitNode, key: bytes) -> bool:
         return unit_digest(node.digest, key) in self._evicted
-

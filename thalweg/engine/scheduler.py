@@ -61,7 +61,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step, with its blocks reserved; empty if nothing can run."""
-        self._admit()
+        self.admit()
         planned: dict[int, SequencePlan] = {}
         admitted = len(self.running)
         decoding = [r for r in self.running if r.remaining_tokens == 1][: self.limits.max_step_tokens]
@@ -78,6 +78,11 @@ class Scheduler:
         depth = max((s.end for s in plan.sequences if s.tokens > 1), default=0)
         decodes = plan.decode_tokens
         self._pace.observe(decodes, plan.tokens - decodes, seconds, depth)
+
+    def observe_decodes(self, decodes: int, seconds: float) -> None:
+        """The same for a step that nobody planned, of one more token for each running request."""
+        self._given_tokens += decodes
+        self._pace.observe(decodes, 0, seconds)
 
     def expected_seconds(self, sequence: Sequence) -> float | None:
         """How long a queued request will wait for its first token, about; None while no prompt was computed yet.
@@ -132,7 +137,8 @@ class Scheduler:
         """Lower goes first."""
         return sequence.request.priority, work - (self._given_tokens - sequence.added_at) / AGING
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Start waiting requests as far as slots and room go. Part of every plan."""
         while self.waiting and len(self.running) + len(self.loading) < self.limits.max_running:
             sequence = self._next_waiting()
             begun = self._begin_loading(sequence) if sequence.swapped is None else self._bring_back(sequence)

@@ -116,10 +116,11 @@ class ReplicaFigures:
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """Requests and replicas."""
+    """Requests and replicas. `skipped_turns` were never asked, because a turn before them was cancelled or refused."""
 
     requests: Outcomes
     replicas: tuple[ReplicaFigures, ...]
+    skipped_turns: int = 0
 
     @property
     def makespan(self) -> float:
@@ -142,11 +143,12 @@ class SimulationResult:
         total = int(prompts.sum())
         return {
             "requests": len(rows),
+            "skipped_turns": self.skipped_turns,
             "finished": dict(sorted(finish.items())),
             "makespan_seconds": _plain(span),
             "ttft_seconds": _spread(first - arrived),
             "tpot_seconds": _spread(paces),
-            "queue_seconds": _spread((rows.seconds("started")[done] - arrived)),
+            "queue_seconds": _spread(rows.seconds("started")[done] - arrived),
             "end_to_end_seconds": _spread(ended - arrived),
             "prompt_tokens": total,
             "output_tokens": int(outputs.sum()),

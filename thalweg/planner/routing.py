@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,17 +26,6 @@ class Place(Protocol):
         ...
 
 
-class Asked(Protocol):
-    """What a router may know of a request."""
-
-    @property
-    def session_name(self) -> str: ...
-
-    def cached_tokens(self, replica: int) -> int:
-        """Of its prompt, on that replica's device."""
-        ...
-
-
 class Router:
     """Chooses by one of the rules. Ties go to the first replica."""
 
@@ -45,15 +34,16 @@ class Router:
         self._next = 0
         self._sticky: dict[str, int] = {}
 
-    def choose(self, asked: Asked) -> int:
+    def choose(self, session_name: str, cached_tokens: Callable[[int], int]) -> int:
+        """The number of a replica. `cached_tokens` says of each how much of the prompt is on its device."""
         if len(self._places) == 1:
             return 0
         if self._routing is Routing.ROUND_ROBIN:
             self._next += 1
             return (self._next - 1) % len(self._places)
         if self._routing is Routing.STICKY:
-            return self._sticky.setdefault(asked.session_name, self._least_loaded())
-        return self._least_loaded() if self._routing is Routing.LEAST_LOADED else self._with_prefix(asked)
+            return self._sticky.setdefault(session_name, self._least_loaded())
+        return self._least_loaded() if self._routing is Routing.LEAST_LOADED else self._with_prefix(cached_tokens)
 
     def forget(self, session_name: str) -> None:
         """A session is over."""
@@ -62,8 +52,8 @@ class Router:
     def _least_loaded(self) -> int:
         return min(range(len(self._places)), key=lambda i: self._places[i].outstanding_tokens)
 
-    def _with_prefix(self, asked: Asked) -> int:
+    def _with_prefix(self, cached_tokens: Callable[[int], int]) -> int:
         loads = [place.outstanding_tokens for place in self._places]
         most = max(AFFINITY_SLACK * min(loads), min(loads) + AFFINITY_TOKENS)
         allowed = [i for i, load in enumerate(loads) if load <= most]
-        return max(allowed, key=lambda i: (asked.cached_tokens(i), -loads[i], -i))
+        return max(allowed, key=lambda i: (cached_tokens(i), -loads[i], -i))

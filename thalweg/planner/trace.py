@@ -78,7 +78,10 @@ class Texts:
 
 
 def conversation(
-    texts: Texts, prefix: tuple[Piece, ...], asked: list[tuple[int, int, float]], cancel: Mapping[int, float] | None = None
+    texts: Texts,
+    prefix: tuple[Piece, ...],
+    asked: list[tuple[int, int, float]],
+    cancel: Mapping[int, float] | None = None,
 ) -> tuple[Turn, ...]:
     """Turns of (input tokens, output tokens, pause), each after all that was said before. `cancel` maps numbers of
     turns to the seconds after which their client goes away."""
