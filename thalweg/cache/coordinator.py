@@ -135,12 +135,15 @@ class Coordinator:
 
     def _room_for(self, attached: Sequence[UnitNode], tokens: int) -> bool:
         """True if every known token of this request fits beside what running requests were promised."""
+        promised = 0  # the same in all compressed groups: they grow together, and a block of each is a unit
+        for spec in self._compressed[:1]:
+            size, group = spec.tokens_per_block, spec.group
+            ahead = [(c.target_tokens, len(c.growing[group])) for c in self._running]
+            promised = sum(-(-target // size) - held for target, held in ahead if held * size < target)
         for spec in self._compressed:
-            pool, size, group = self.pools[spec.group], spec.tokens_per_block, spec.group
-            ahead = [c for c in self._running if len(c.growing[group]) * size < c.target_tokens]
-            promised = sum(-(-c.target_tokens // size) - len(c.growing[group]) for c in ahead)
+            pool = self.pools[spec.group]
             shared = [node.blocks[spec.group] for node in attached]
-            idle = pool.idle_blocks - sum(pool.is_idle(block) for block in shared)
+            idle = pool.idle_blocks - sum(map(pool.is_idle, shared))
             if -(-tokens // spec.tokens_per_block) - len(shared) > pool.free_blocks + idle - promised:
                 return False
         return True
@@ -183,7 +186,7 @@ class Coordinator:
         unit = self.policy.unit_tokens
         node = path[-1] if path else self.index.root(namespace)
         cache = self._start(CacheReport(), Resume(len(path), len(path) * unit, 0), node, {}, path, len(tokens))
-        wanted: dict[Group, list[int]] = {s.group: list(range(len(path), units)) for s in self._compressed}
+        wanted: dict[Group, Sequence[int]] = {s.group: range(len(path), units) for s in self._compressed}
         for spec in self._sliding:
             wanted[spec.group] = list(spec.checkpoint_numbers(units * unit)) if checkpoint else []
         if not self._allocate(cache, wanted):
@@ -251,12 +254,13 @@ class Coordinator:
         self._held.subtract(held)
         self._held += Counter()  # drops the zeros
 
-    def _allocate(self, cache: SequenceCache, wanted: Mapping[Group, list[int]]) -> bool:
+    def _allocate(self, cache: SequenceCache, wanted: Mapping[Group, Sequence[int]]) -> bool:
         """Give a request free blocks at these numbers in every pool, or in none and False. May evict idle blocks."""
-        lacking = {group: len(numbers) for group, numbers in wanted.items()}
-        for spec in self._sliding:
-            lacking[spec.group] = max(0, lacking[spec.group] - len(cache.sliding[spec.group].spare))
-        if not self._make_room(lacking):
+        lacking = {}
+        for group, numbers in wanted.items():
+            if len(numbers) > (spare := len(cache.sliding[group].spare) if group in cache.sliding else 0):
+                lacking[group] = len(numbers) - spare
+        if lacking and not self._make_room(lacking):
             return False
         for spec in self._compressed:
             for _ in wanted[spec.group]:
@@ -271,8 +275,7 @@ class Coordinator:
         """Take a request's references back."""
         if cache.node is not None:
             self.index.unpin(cache.node)
-        for group, block in cache.blocks():
-            self.pools[group].release(block)
+        cache.release(self.pools)
         self._running.remove(cache)
 
     # -- steps ------------------------------------------------------------------------------------------------
@@ -282,9 +285,10 @@ class Coordinator:
         if cache.begins_quietly(end, self.policy.unit_tokens, self.pools):
             return True
         planned = self._planned(cache, end)
-        if not self._allocate(cache, self._wanted(cache, end, planned)):
+        last = self._last_boundary(cache, end)
+        if not self._allocate(cache, cache.wanted(self.groups, end, last, planned)):
             planned = {}  # checkpoints are a wish, the step itself is not
-            if not self._allocate(cache, self._wanted(cache, end, planned)):
+            if not self._allocate(cache, cache.wanted(self.groups, end, last, planned)):
                 return False
         cache.planned = planned
         return True
@@ -321,21 +325,6 @@ class Coordinator:
         if keep_state and passed and node is not None and self.policy.at_end_of_output():
             self._keep_checkpoint(cache, node, CheckpointReason.END_OF_OUTPUT)
         self._drop(cache)
-
-    def _wanted(self, cache: SequenceCache, end: int, planned: Iterable[int]) -> dict[Group, list[int]]:
-        """Block numbers that the step to `end` writes and the request does not hold yet."""
-        wanted = {}
-        for spec in self.groups:
-            size = spec.tokens_per_block
-            if spec.compressed:
-                wanted[spec.group] = list(range(len(cache.growing[spec.group]), -(-end // size)))
-                continue
-            numbers = spec.needed_numbers(end, self._last_boundary(cache, end))
-            numbers.update(n for p in planned for n in spec.checkpoint_numbers(p))
-            first = cache.computed_tokens // size
-            held = cache.sliding[spec.group]
-            wanted[spec.group] = sorted(n for n in numbers if n >= first and n not in held)
-        return wanted
 
     def _last_boundary(self, cache: SequenceCache, end: int) -> int | None:
         """Where a request that ends after a step to `end` gets a checkpoint; None: nowhere."""
@@ -413,11 +402,14 @@ class Coordinator:
 
     def _make_room(self, wanted: Mapping[Group, int]) -> bool:
         """Evict until every pool has the wanted number of free blocks; False, with nothing evicted, if one cannot."""
-        if any(p.free_blocks + p.idle_blocks < wanted[g] for g, p in self.pools.items()):
+        pools = self.pools
+        if all(pools[group].free_blocks >= count for group, count in wanted.items()):
+            return True
+        if any(pools[group].free_blocks + pools[group].idle_blocks < count for group, count in wanted.items()):
             return False
-        for spec in self.groups:
+        for spec in [s for s in self.groups if s.group in wanted]:
             evict = self._evict_unit if spec.compressed else self._evict_checkpoint
-            while self.pools[spec.group].free_blocks < wanted[spec.group]:
+            while pools[spec.group].free_blocks < wanted[spec.group]:
                 if not evict(spec.group):
                     return False
         return True

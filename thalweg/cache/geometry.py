@@ -71,7 +71,11 @@ class CacheGroupSpec:
 
     def needed_numbers(self, end: int, boundary: int | None) -> set[int]:
         """The same, with those of a checkpoint at a boundary."""
-        return {*self.live_numbers(end), *(() if boundary is None else self.checkpoint_numbers(boundary))}
+        size, behind = self.tokens_per_block, self.blocks_behind or 0
+        numbers = set(range(max(0, end // size - behind), -(-end // size)))
+        if boundary is not None:
+            numbers.update(range(max(0, boundary // size - behind), boundary // size))
+        return numbers
 
     def checkpoint_numbers(self, boundary: int) -> range:
         """Block numbers of a sliding group that a checkpoint at a unit boundary consists of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,10 @@ class UnitKeys(Protocol):
 
     def key(self, tokens: Any, unit: int) -> bytes:
         """Of the unit with this number; of fewer tokens where the sequence ends within it."""
+        ...
+
+    def first_keys(self, tokens: Any, units: int) -> Iterable[bytes]:
+        """Of the first so many units, made as they are asked for."""
         ...
 
     def common(self, one: bytes, other: bytes) -> int:
@@ -30,6 +35,9 @@ class TokenKeys:
     def key(self, tokens: TokenArray, unit: int) -> bytes:
         first = unit * self._unit_tokens
         return np.asarray(tokens[first : first + self._unit_tokens], np.int32).tobytes()
+
+    def first_keys(self, tokens: TokenArray, units: int) -> Iterable[bytes]:
+        return (self.key(tokens, unit) for unit in range(units))
 
     def common(self, one: bytes, other: bytes) -> int:
         count = min(len(one), len(other)) // 4

@@ -122,8 +122,8 @@ class PrefixIndex:
     def digests(self, namespace: Namespace, tokens: Any, units: int) -> list[bytes]:
         """The digests of the first `units` units of a prompt."""
         parent, found = unit_digest(b"", namespace.own), []
-        for unit in range(units):
-            parent = unit_digest(parent, self._keys.key(tokens, unit))
+        for key in self._keys.first_keys(tokens, units):
+            parent = unit_digest(parent, key)
             found.append(parent)
         return found
 
@@ -143,16 +143,16 @@ class PrefixIndex:
         if node is None:
             return Match((), 0, False)
         path: list[UnitNode] = []
-        key_of, resume = self._keys.key, 0
-        while len(path) < limit_units:
-            child = node.children.get(key_of(tokens, len(path)))
+        resume, evicted = 0, False
+        for key in self._keys.first_keys(tokens, limit_units):
+            child = node.children.get(key)
             if child is None:
+                evicted = self._was_evicted(node, key)
                 break
             path.append(child)
             node = child
             if node.checkpoint is not None:
                 resume = node.depth
-        evicted = len(path) < limit_units and self._was_evicted(node, key_of(tokens, len(path)))
         return Match(tuple(path), resume, evicted)
 
     def common_tokens(self, namespace: Namespace, match: Match, tokens: Any) -> int:
@@ -321,4 +321,4 @@ class PrefixIndex:
             self._evicted.popitem(last=False)
 
     def _was_evicted(self, node: UnitNode, key: bytes) -> bool:
-        return unit_digest(node.digest, key) in self._evicted
+        return bool(self._evicted) and unit_digest(node.digest, key) in self._evicted

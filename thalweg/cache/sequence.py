@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from thalweg.cache.geometry import Group
+from thalweg.cache.geometry import CacheGroupSpec, Group
 from thalweg.cache.policy import CheckpointReason, Resume
 from thalweg.cache.pool import BlockPool
 from thalweg.cache.prefix_index import UnitNode
@@ -51,6 +51,32 @@ class SequenceCache:
             yield from ((group, block) for block in growing.blocks())
         for group, sliding in self.sliding.items():
             yield from ((group, block) for block in sliding.blocks())
+
+    def release(self, pools: Mapping[Group, BlockPool]) -> None:
+        """Give every block back."""
+        for tables in (self.growing, self.sliding):
+            for group, table in tables.items():
+                release = pools[group].release
+                for block in table.blocks():
+                    release(block)
+
+    def wanted(
+        self, groups: Iterable[CacheGroupSpec], end: int, boundary: int | None, planned: Iterable[int]
+    ) -> dict[Group, Sequence[int]]:
+        """Block numbers that a step to `end` writes and that are not held yet: to go on after it, and for checkpoints at
+        the last boundary before it and at those planned."""
+        wanted: dict[Group, Sequence[int]] = {}
+        for spec in groups:
+            size, group = spec.tokens_per_block, spec.group
+            if spec.compressed:
+                wanted[group] = range(len(self.growing[group]), -(-end // size))
+                continue
+            numbers = spec.needed_numbers(end, boundary)
+            for place in planned:
+                numbers.update(spec.checkpoint_numbers(place))
+            first, held = self.computed_tokens // size, self.sliding[group]
+            wanted[group] = [n for n in sorted(numbers) if n >= first and n not in held]
+        return wanted
 
     def settle(self, unit: int, pools: Mapping[Group, BlockPool]) -> None:
         """Find how far steps of one token concern this request's own tables alone."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from thalweg.cache.prefix_index import Namespace
@@ -64,8 +65,10 @@ class Scheduler:
         self.admit()
         planned: dict[int, SequencePlan] = {}
         admitted = len(self.running)
-        decoding = [r for r in self.running if r.remaining_tokens == 1][: self.limits.max_step_tokens]
-        for running, tokens in [*((r, 1) for r in decoding), *self._prompt_shares(len(decoding))]:
+        decoding = [r for r in self.running if r.remaining_tokens == 1]
+        prompts = [r for r in self.running if r.remaining_tokens > 1] if len(decoding) < admitted else []
+        decoding = decoding[: self.limits.max_step_tokens]
+        for running, tokens in [*((r, 1) for r in decoding), *self._prompt_shares(prompts, len(decoding))]:
             gave_way = len(self.running) < admitted and running not in self.running  # for the sake of an earlier one
             if tokens > 0 and not gave_way:
                 self._reserve(running, tokens, planned)
@@ -79,10 +82,10 @@ class Scheduler:
         decodes = plan.decode_tokens
         self._pace.observe(decodes, plan.tokens - decodes, seconds, depth)
 
-    def observe_decodes(self, decodes: int, seconds: float) -> None:
-        """The same for a step that nobody planned, of one more token for each running request."""
-        self._given_tokens += decodes
-        self._pace.observe(decodes, 0, seconds)
+    def observe_decodes(self, decodes: int, seconds: SequenceOf[float]) -> None:
+        """The same for steps that nobody planned, of one more token for each of so many running requests."""
+        self._given_tokens += decodes * len(seconds)
+        self._pace.observe_decodes(seconds)
 
     def expected_seconds(self, sequence: Sequence) -> float | None:
         """How long a queued request will wait for its first token, about; None while no prompt was computed yet.
@@ -106,8 +109,7 @@ class Scheduler:
         decodes = any(r.remaining_tokens == 1 for r in self.running)
         return self._pace.beside_decodes(seconds) if decodes else seconds
 
-    def _prompt_shares(self, decodes: int) -> list[tuple[Running, int]]:
-        prompts = [r for r in self.running if r.remaining_tokens > 1]
+    def _prompt_shares(self, prompts: SequenceOf[Running], decodes: int) -> list[tuple[Running, int]]:
         if not prompts:
             return []
         left = left_to_long = self.limits.max_step_tokens - decodes

@@ -22,7 +22,8 @@ from thalweg.engine.scheduler import Scheduler, SchedulerLimits
 from thalweg.engine.tiering import Tiering
 from thalweg.errors import ContextLengthError
 from thalweg.memory.layout import CacheLayout
-from thalweg.planner.cost import SequenceWork, StepCost, StepWork
+from thalweg.planner.coarse_cost import CoarseCost
+from thalweg.planner.cost import SequenceWork, StepWork
 from thalweg.planner.outcome import GroupPeak, ReplicaFigures, RequestOutcome
 from thalweg.planner.sim_tiers import Agenda, TierSpec, VirtualClock, VirtualMover
 from thalweg.planner.stretch import Stretch, can_stretch
@@ -71,7 +72,7 @@ class Replica:
         self,
         number: int,
         spec: ReplicaSpec,
-        cost: StepCost,
+        cost: CoarseCost,
         report: Report,
         *,
         bulk: bool = True,
@@ -144,7 +145,7 @@ class Replica:
                 self.clock.seconds = following
             elif self.clock.seconds >= self._limit:
                 return
-            else:
+            elif not self._run_quiet():
                 self._begin_step()
 
     def figures(self) -> ReplicaFigures:
@@ -221,6 +222,16 @@ class Replica:
         self._limit = min(self._limit, self._report(row))
 
     # -- steps ------------------------------------------------------------------------------------------------
+
+    def _run_quiet(self) -> bool:
+        """Steps of a stretch that nobody else has to do with; whether there were any."""
+        if self._stretch is None or self._mover is not None:
+            return False
+        took = self._stretch.run_quiet(self.clock, self._cost, self._limit, self._agenda)
+        self._steps += len(took)
+        self._busy_seconds += sum(took)
+        self._computed_tokens += len(took) * len(self.scheduler.running)
+        return bool(took)
 
     def _begin_step(self) -> None:
         work = self._stretch.begin() if self._stretch is not None else None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from thalweg.engine.plan import StepPlan
+from thalweg.planner.coarse_cost import CoarseCost
 from thalweg.planner.cost import StepCost
 from thalweg.planner.outcome import Outcomes, RequestOutcome, SimulationResult
 from thalweg.planner.replica import Asked, Replica, ReplicaSpec
@@ -44,7 +45,8 @@ class Simulation:
     ) -> None:
         self._unit = spec.policy.unit_tokens
         self._rows = Outcomes()
-        self._replicas = [Replica(i, spec, cost, self._ended, bulk=bulk, on_plan=on_plan) for i in range(replicas)]
+        coarse = CoarseCost(cost)
+        self._replicas = [Replica(i, spec, coarse, self._ended, bulk=bulk, on_plan=on_plan) for i in range(replicas)]
         self._router = Router(routing, self._replicas)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._serial = 0

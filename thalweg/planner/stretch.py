@@ -12,7 +12,9 @@ import heapq
 
 from thalweg.engine.request import Running
 from thalweg.engine.scheduler import Scheduler
+from thalweg.planner.coarse_cost import CoarseCost
 from thalweg.planner.cost import StepWork
+from thalweg.planner.sim_tiers import Agenda, VirtualClock
 from thalweg.planner.tokens import SyntheticTokens
 
 
@@ -72,6 +74,33 @@ class Stretch:
         count = len(self._open)
         return StepWork((), count, count, self._context, self._longest + self._step, count)
 
+    def run_quiet(self, clock: VirtualClock, cost: CoarseCost, limit: float, agenda: Agenda) -> list[float]:
+        """Quiet steps that begin and end before `limit`, each at once, as long as nothing on the agenda is due; returns
+        how long they took."""
+        scheduler, count = self._scheduler, len(self._open)
+        if not count or len(scheduler.running) != count or self._due or self._admits():
+            return []
+        left = (self._wakes[0][0] if self._wakes else self._step) - self._step
+        stop = min(limit, agenda.next_seconds or limit)
+        took: list[float] = []
+        now = clock.seconds
+        while left > 0 and now < stop:
+            price, same = cost.decodes(count, self._context, self._longest + self._step)
+            steps = 0
+            while steps < same and steps < left and now < stop and now + price <= limit:
+                end = now + price
+                took.append(end - now)
+                now = end
+                steps += 1
+            if not steps:
+                break
+            left -= steps
+            self._step += steps
+            self._context += steps * count
+        clock.seconds = now
+        scheduler.observe_decodes(count, took)
+        return took
+
     def _admits(self) -> bool:
         """Whether a plan would begin with admissions. Refused ones are not tried again before something changes."""
         scheduler = self._scheduler
@@ -96,7 +125,7 @@ class Stretch:
             scheduler.tiering.offer(cache)
         if due or scheduler.tiering.tiers:
             scheduler.tiering.pump()
-        scheduler.observe_decodes(count, seconds)
+        scheduler.observe_decodes(count, (seconds,))
         self._step += 1
         self._context += count
         ended = []

@@ -6,6 +6,7 @@ simulated prompt of a million tokens is a list of pieces and the keys of its uni
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from struct import Struct
 
 import numpy as np
@@ -57,6 +58,12 @@ class SyntheticTokens:
             self._add_key()
         return self._keys[unit]
 
+    def first_keys(self, units: int) -> list[bytes]:
+        """Those of the first so many units."""
+        while len(self._keys) < units:
+            self._add_key()
+        return self._keys[:units]
+
     def _add_key(self) -> None:
         size = self._unit
         position = len(self._keys) * size
@@ -90,6 +97,9 @@ class SyntheticKeys(UnitKeys):
 
     def key(self, tokens: SyntheticTokens, unit: int) -> bytes:
         return tokens.unit_key(unit)
+
+    def first_keys(self, tokens: SyntheticTokens, units: int) -> Iterable[bytes]:
+        return tokens.first_keys(units)
 
     def common(self, one: bytes, other: bytes) -> int:
         return 0
