@@ -75,13 +75,14 @@ def test_without_a_library_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -
     assert [verdict["backend"] for verdict in found] == ["reference", "deterministic"]
 
 
-def test_explain_says_what_is_chosen_and_why() -> None:
+def test_explain_says_what_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     _, *rows = cells(command("explain", "--kernels", "reference"))
     assert [row[:3] for row in rows] == [[name, "reference", "as set"] for name in NAMES]
     text = command("explain", "attention", "--kernels", "reference", "--deterministic", "--shape", "race")
     assert "backend: deterministic (as set: bits of a row depend on that row alone)" in text
     assert "tolerance: 2e-05" in text and "sinks fp32 [H]" in text
-    assert "the only backend for cuda" in command("explain", "--device", "cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "there is no CUDA device, and TRITON_INTERPRET=1 is not set" in command("explain", "--device", "cuda")
     assert "the compiled kernels compute in float32" in command("explain", "linear", "--dtype", "bfloat16")
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thalweg.cli import engine_flags as flags
+from thalweg.cli import kernels_compile, kernels_report, kernels_verify
+from thalweg.cli.kernel_names import (
+    Json,
+    Ops,
+    appended,
+    commit_of_sources,
+    model_of,
+    specs_of,
+)
 from thalweg.cli.progress import bar, output, print_table
-from thalweg.errors import ConfigError, nearest
+from thalweg.errors import ConfigError
 from thalweg.kernels.spec import OPS, OpSpec
 
 if TYPE_CHECKING:
@@ -22,14 +29,13 @@ if TYPE_CHECKING:
     from thalweg.kernels.cpu.ceilings import Ceilings
     from thalweg.kernels.measurement import Contender
     from thalweg.kernels.registry import KernelChoice, KernelSet
-    from thalweg.kernels.verification import Verdict
 
-app = typer.Typer(help="The kernels: list, explain, verify, bench.", no_args_is_help=True)
+app = typer.Typer(help="The kernels: list, explain, verify, bench, compile, report.", no_args_is_help=True)
+app.command("verify")(kernels_verify.verify)
+app.command("compile")(kernels_compile.compile_)
+app.command("report")(kernels_report.report)
 
-Ops = Annotated[list[str] | None, typer.Argument(help="Names of ops as `list` shows them; all if left out.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Model = Annotated[str, typer.Option("--shape", help="default, race or flash: the model whose shapes are taken.")]
-_COMPILED = "cpu-"
 
 
 @app.command("list")
@@ -102,8 +108,8 @@ def explain(
 ) -> None:
     """Which backend computes an op under these engine flags and why; what the op is, may err and costs."""
     given = {"device": device, "dtype": dtype, "kernels": kernels, "deterministic": deterministic, "config": config}
-    (spec,) = _specs([op]) if op is not None else (None,)
-    model = _model(shape)
+    (spec,) = specs_of([op]) if op is not None else (None,)
+    model = model_of(shape)
     choices = {choice.op: choice for choice in _chosen(given).choices}
     if spec is None:
         _print_choices(choices, json_)
@@ -170,70 +176,6 @@ def _contract(op: str) -> str:
     return " ".join((get_type_hints(Kernels)[op].__doc__ or "").split())
 
 
-@app.command("verify")
-def verify(
-    ops: Ops = None,
-    kernels: Annotated[
-        str | None, typer.Option("--kernels", help="reference, deterministic, plain, avx2 or avx512; all if left out.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the inputs.", min=0, max=2**62)] = 0,
-    json_: Json = False,
-) -> None:
-    """Check every op of every backend against the reference in float64, and that rows keep their bits in any company.
-
-    The exit code is 1 if anything is wrong.
-    """
-    from thalweg.kernels.cases.checks import check_cases
-    from thalweg.kernels.verification import verdicts
-
-    specs = _specs(ops)
-    backends = _backends(kernels)
-    cases = [case for case in check_cases() if case.op in {spec.name for spec in specs}]
-    with bar() as progress:
-        task = progress.add_task("verifying", total=len(cases))
-        found = verdicts(backends, cases, seed, lambda: progress.advance(task))
-    if json_:
-        print(json.dumps({"seed": seed, "verdicts": [_verdict_facts(verdict) for verdict in found]}))
-    else:
-        _print_verdicts(found)
-    if any(verdict.failures for verdict in found):
-        raise typer.Exit(1)
-
-
-def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "op": verdict.op,
-        "backend": verdict.backend,
-        "cases": verdict.cases,
-        "tolerance": verdict.tolerance,
-        "largest_error": str(verdict.error) if verdict.error == float("inf") else verdict.error,
-        "rows_checked": verdict.rows_checked,
-        "failures": verdict.failures,
-    }
-
-
-def _print_verdicts(found: list[Verdict]) -> None:
-    columns = ["op", "backend", "cases", "largest error", "tolerance", "of it", "rows alone", "verdict"]
-    rows = []
-    for one in found:
-        exact = one.tolerance == 0
-        error = ("none" if one.error == 0 else "differs") if exact else f"{one.error:.2g}"
-        share = "-" if exact else f"{one.error / one.tolerance:.1%}"
-        company = [failure for failure in one.failures if "other bits" in failure]
-        alone = "not promised" if not one.rows_checked else "differ" if company else "same bits"
-        verdict = "WRONG" if one.failures else "ok"
-        tolerance = "exact" if exact else f"{one.tolerance:g}"
-        rows.append([one.op, one.backend, str(one.cases), error, tolerance, share, alone, verdict])
-    print_table(columns, rows)
-    console = output()
-    for one in found:
-        for failure in one.failures:
-            console.print(f"{one.op}, {one.backend}: {failure}", markup=False, soft_wrap=True)
-    wrong = sum(bool(one.failures) for one in found)
-    cases = sum(one.cases for one in found)
-    console.print(f"{cases:,} results of {len(found)} kernels checked, {wrong} kernels wrong")
-
-
 @app.command("bench")
 def bench(
     ops: Ops = None,
@@ -251,33 +193,19 @@ def bench(
 
     from thalweg.kernels.cases.workloads import workloads
 
-    names = {spec.name for spec in _specs(ops)}
-    cases = [case for case in workloads(_model(shape)) if case.op in names and only in case.shape]
+    names = {spec.name for spec in specs_of(ops)}
+    cases = [case for case in workloads(model_of(shape)) if case.op in names and only in case.shape]
     if not cases:
         raise ConfigError(f"--only {only!r}: no shape of these ops has these words", param="only")
     kernel_set = _chosen({"device": "cpu", "kernels": kernels, "threads": threads})
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with _appended(out) as write:
+        with appended(out) as write:
             records = _measured(cases, kernel_set, seconds, {"model": shape}, write)
     finally:
         torch.set_num_threads(before)
     _print_records(records)
-
-
-@contextmanager
-def _appended(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Takes records and writes each as a line at once; without a path they go nowhere."""
-    if path is None:
-        yield lambda record: None
-        return
-    try:
-        file = path.open("a", buffering=1)
-    except OSError as error:
-        raise ConfigError(f"--out {path}: {error.strerror}", param="out") from error
-    with file:
-        yield lambda record: print(json.dumps(record), file=file)
 
 
 def _measured(
@@ -291,7 +219,7 @@ def _measured(
     from thalweg.cli.demo import machine_facts
     from thalweg.kernels.measurement import record, timings
 
-    facts |= {"commit": _commit()} | machine_facts()
+    facts |= {"commit": commit_of_sources()} | machine_facts()
     with bar() as progress:
         progress.add_task("measuring the machine", total=None)
         ceilings = _ceilings()
@@ -367,52 +295,6 @@ def _duration(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:,.2f} {unit}"
     return f"{seconds * 1e6:,.2f} us"
-
-
-def _commit() -> str | None:
-    """The commit of a checkout that these sources are part of; None for an installed package."""
-    folder = Path(__file__).parent
-    tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
-    head = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    try:
-        if subprocess.run(tracked, capture_output=True, check=False).returncode:
-            return None
-        return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _specs(ops: Sequence[str] | None) -> list[OpSpec]:
-    """The ops by name, all if there are none. Raises ConfigError with the nearest name."""
-    known = [spec.name for spec in OPS]
-    for op in ops or ():
-        if op not in known:
-            raise ConfigError(f"there is no op {op!r}.{nearest(op, known)}", param="op")
-    return [spec for spec in OPS if not ops or spec.name in ops]
-
-
-def _model(name: str) -> Any:
-    from thalweg.kernels.cases.workloads import MODELS, model_config
-
-    if name not in MODELS:
-        raise ConfigError(f"--shape: {name!r} is not one of {', '.join(MODELS)}.{nearest(name, MODELS)}", param="shape")
-    return model_config(name)
-
-
-def _backends(wanted: str | None) -> tuple[Backend, ...]:
-    """The usable ones, or the wanted one. Raises ConfigError if that is unknown or cannot run here."""
-    from thalweg.kernels.backends import every_backend
-
-    backends = {backend.name.removeprefix(_COMPILED): backend for backend in every_backend()}
-    if wanted is None:
-        return tuple(backend for backend in backends.values() if backend.kernels is not None)
-    chosen = backends.get(wanted.removeprefix(_COMPILED))
-    if chosen is None:
-        names = ", ".join(backends)
-        raise ConfigError(f"--kernels: {wanted!r} is not one of {names}.{nearest(wanted, backends)}", param="kernels")
-    if chosen.kernels is None:
-        raise ConfigError(f"--kernels: {chosen.missing}", param="kernels")
-    return (chosen,)
 
 
 def _chosen(given: dict[str, Any]) -> KernelSet:

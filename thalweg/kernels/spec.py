@@ -15,10 +15,15 @@ from dataclasses import dataclass
 Shapes = Mapping[str, int]
 
 
+def _none(sizes: Shapes) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class OpSpec:
     """One op. `tolerance` is the largest absolute difference from the float64 result on inputs of standard deviation 1;
-    0 means that the result is exact. flops and bytes take named sizes, listed in `sizes`."""
+    0 means that the result is exact. flops and bytes take named sizes, listed in `sizes`; `products` are those of the
+    flops that a GPU's matrix units can do."""
 
     name: str
     computes: str
@@ -26,6 +31,7 @@ class OpSpec:
     sizes: tuple[str, ...]
     flops: Callable[[Shapes], float]
     bytes: Callable[[Shapes], float]
+    products: Callable[[Shapes], float] = _none
 
 
 def _visible_keys(s: Shapes) -> float:
@@ -43,6 +49,7 @@ OPS: tuple[OpSpec, ...] = (
         lambda s: (
             s["rows"] * (s["width"] + s["outputs"]) * s["element"] + s["width"] * s["outputs"] * s["weight_element"]
         ),
+        lambda s: 2 * s["rows"] * s["width"] * s["outputs"],
     ),
     OpSpec(
         "grouped_linear",
@@ -54,6 +61,7 @@ OPS: tuple[OpSpec, ...] = (
             s["rows"] * s["groups"] * (s["width"] + s["outputs"]) * s["element"]
             + s["groups"] * s["width"] * s["outputs"] * s["weight_element"]
         ),
+        lambda s: 2 * s["rows"] * s["groups"] * s["width"] * s["outputs"],
     ),
     OpSpec(
         "rms_norm",
@@ -118,6 +126,7 @@ OPS: tuple[OpSpec, ...] = (
         lambda s: (
             s["queries"] * (s["heads"] * s["width"] * s["element"] + 8 * s["k"]) + s["distinct_rows"] * s["row_bytes"]
         ),
+        lambda s: 2 * s["queries"] * s["entries"] * s["heads"] * s["width"],
     ),
     OpSpec(
         "attention",
@@ -126,6 +135,7 @@ OPS: tuple[OpSpec, ...] = (
         ("queries", "heads", "width", "window", "entries", "distinct_rows", "element", "row_bytes"),
         lambda s: 4 * s["heads"] * s["width"] * _visible_keys(s),
         lambda s: 2 * s["queries"] * s["heads"] * s["width"] * s["element"] + s["distinct_rows"] * s["row_bytes"],
+        lambda s: 4 * s["heads"] * s["width"] * _visible_keys(s),
     ),
     OpSpec(
         "route",
@@ -153,6 +163,7 @@ OPS: tuple[OpSpec, ...] = (
             3 * s["used_experts"] * s["hidden"] * s["inner"] * s["weight_element"]
             + 2 * s["rows"] * s["hidden"] * s["element"]
         ),
+        lambda s: 6 * s["rows"] * s["k"] * s["hidden"] * s["inner"],
     ),
     OpSpec(
         "round_kv",

@@ -1,6 +1,8 @@
 """Checks backends against the reference in float64, and that their rows keep their bits in any company.
 
-Where spec.py's tolerance is 0 the reference's own result, in fp32, is the measure: bit for bit, any NaN being one.
+Where spec.py's tolerance is 0 the reference's own result, in fp32, is the measure: bit for bit, any NaN being one. With
+bfloat16 inputs a result may be off by what rounding to bfloat16 does (NARROW_TOLERANCE), and what is exact stays exact.
+Everything is made on torch's default device, so that a GPU's kernels are checked under `with torch.device("cuda")`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from thalweg.kernels.reference.backend import reference_kernels
 from thalweg.kernels.spec import OPS, spec_of
 
 THREADS = (2, 3)  # beside one
+NARROW_TOLERANCE = (
+    2.0**-7
+)  # of the largest magnitude: bfloat16 has 8 bits, and sums of rounded values are rounded again
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -66,34 +71,45 @@ class Verdict:
     op: str
     backend: str
     rows_checked: bool
+    dtype: torch.dtype = torch.float32
     cases: int = 0
     error: float = 0.0
     failures: list[str] = field(default_factory=list)
 
     @property
     def tolerance(self) -> float:
-        return spec_of(self.op).tolerance
+        """Of the largest magnitude where inputs are bfloat16."""
+        exact = spec_of(self.op).tolerance
+        return exact if self.dtype is torch.float32 or exact == 0 else NARROW_TOLERANCE
 
 
-def verdicts(backends: tuple[Backend, ...], cases: list[Case], seed: int, done: Callable[[], None]) -> list[Verdict]:
-    """One for each op that each backend has of its own; `done` is called after every case."""
+def verdicts(
+    backends: tuple[Backend, ...],
+    cases: list[Case],
+    seed: int,
+    done: Callable[[], None],
+    dtype: torch.dtype = torch.float32,
+) -> list[Verdict]:
+    """One for each op that each backend has of its own, with inputs of one dtype; `done` is called after every case."""
     with _threads(1):
-        return _verdicts(backends, cases, seed, done)
+        return _verdicts(backends, cases, seed, done, dtype)
 
 
-def _verdicts(backends: tuple[Backend, ...], cases: list[Case], seed: int, done: Callable[[], None]) -> list[Verdict]:
+def _verdicts(
+    backends: tuple[Backend, ...], cases: list[Case], seed: int, done: Callable[[], None], dtype: torch.dtype
+) -> list[Verdict]:
     found: dict[tuple[str, str], Verdict] = {}
     able = [(backend, backend.kernels) for backend in backends if backend.kernels is not None]
     for number, case in enumerate(cases):
-        bind = case.inputs(Source(seed + number))
-        expected = _expected(case, bind)
+        bind = case.inputs(Source(seed + number, narrow=dtype is torch.bfloat16))
+        expected = _expected(case, bind, dtype)
         for backend, kernels in able:
             if case.op not in _ops(backend):
                 continue
-            verdict = found.setdefault((case.op, backend.name), Verdict(case.op, backend.name, backend.exact))
+            verdict = found.setdefault((case.op, backend.name), Verdict(case.op, backend.name, backend.exact, dtype))
             verdict.cases += 1
             try:
-                _check(case, bind(kernels, torch.float32), expected, backend, verdict)
+                _check(case, bind(kernels, dtype), expected, backend, verdict)
             except Exception as error:  # a kernel that raises has failed this case, not the report
                 verdict.failures.append(f"{case.shape}: {type(error).__name__}: {error}")
         done()
@@ -107,9 +123,9 @@ def _ops(backend: Backend) -> tuple[str, ...]:
     return everything if backend.name == DETERMINISTIC else tuple(op for op in everything if op in own)
 
 
-def _expected(case: Case, bind: Bind) -> tuple[Tensor, ...]:
+def _expected(case: Case, bind: Bind, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if spec_of(case.op).tolerance == 0:
-        return case.comparable(bind(reference_kernels(), torch.float32)(None)())
+        return case.comparable(bind(reference_kernels(), dtype)(None)())
     with _in_double():
         return case.comparable(bind(reference_kernels(), torch.float64)(None)())
 
@@ -121,7 +137,7 @@ def _check(case: Case, bound: Bound, expected: tuple[Tensor, ...], backend: Back
         if ours.shape != exact.shape:
             verdict.failures.append(f"{case.shape}: the shape is {tuple(ours.shape)}, not {tuple(exact.shape)}")
             return
-        error = _error(ours, exact) if tolerance else float(not same_bits(ours, exact))
+        error = _error(ours, exact, verdict.dtype) if tolerance else float(not same_bits(ours, exact))
         verdict.error = max(verdict.error, error)
         if error > tolerance:
             what = f"an error of {error:.2g}, allowed {tolerance:g}" if tolerance else "not the exact result"
@@ -131,12 +147,14 @@ def _check(case: Case, bound: Bound, expected: tuple[Tensor, ...], backend: Back
         verdict.failures += [f"{case.shape}: {wrong}"] if wrong else []
 
 
-def _error(ours: Tensor, exact: Tensor) -> float:
-    """The largest difference; NaN and infinity are none of the reference's results."""
+def _error(ours: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference, with bfloat16 inputs in parts of the largest magnitude; NaN and infinity are none of the
+    reference's results."""
     if ours.numel() == 0:
         return 0.0
     difference = (ours.double() - exact).abs()
-    return float(difference.nan_to_num(nan=float("inf")).max())
+    error = float(difference.nan_to_num(nan=float("inf")).max())
+    return error if dtype is torch.float32 else error / max(1.0, float(exact.abs().max()))
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:

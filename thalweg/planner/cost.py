@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+MATTERS = 0.05
 MOST_DECODE_TOKENS = 8  # a sequence of so few new tokens on a context is one decode, with its drafts
 
 
@@ -22,15 +23,6 @@ class Origin(StrEnum):
     EXTRAPOLATED = "extrapolated"  # beyond them, by a fitted physical form
     BOUND = "bound"  # no row of this device and framework: from limits of the hardware
 
-    @property
-    def distance(self) -> int:
-        return tuple(Origin).index(self)
-
-
-def farthest(origins: Iterable[Origin]) -> Origin:
-    """The origin of a sum."""
-    return max(origins, key=lambda origin: origin.distance, default=Origin.MEASURED)
-
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -41,20 +33,27 @@ class Estimate:
     high: float
     origin: Origin
 
-    def __add__(self, other: Estimate) -> Estimate:
-        """Errors of parts are taken as shared (one device, one framework): intervals add, they do not cancel."""
-        return Estimate(
-            self.seconds + other.seconds,
-            self.low + other.low,
-            self.high + other.high,
-            farthest((self.origin, other.origin)),
-        )
-
     def __mul__(self, factor: float) -> Estimate:
         return Estimate(self.seconds * factor, self.low * factor, self.high * factor, self.origin)
 
 
 NOTHING = Estimate(0.0, 0.0, 0.0, Origin.MEASURED)
+
+
+def total(parts: Iterable[Estimate]) -> Estimate:
+    """The sum of times. Errors of parts are taken as shared (one device, one framework): intervals add, they do not
+    cancel. The origin is the farthest that at least a twentieth of the sum has, or a farther one."""
+    seconds = low = high = 0.0
+    shares = dict.fromkeys(Origin, 0.0)
+    for part in parts:
+        seconds, low, high = seconds + part.seconds, low + part.low, high + part.high
+        shares[part.origin] += part.seconds
+    farther = 0.0
+    for origin in reversed(Origin):
+        farther += shares[origin]
+        if farther > MATTERS * seconds:
+            return Estimate(seconds, low, high, origin)
+    return Estimate(seconds, low, high, Origin.MEASURED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thalweg.kernels.arguments import AttentionContext, Ints, Packing, PagedRows, PastRows, Segments, StoredRows
-from thalweg.kernels.cases.case import Bind, Bound, Call, Case, Source, cast
+from thalweg.kernels.cases.case import Bind, Bound, Call, Case, Source, Wide, cast
 from thalweg.kernels.cases.stored import Format, fill
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.reference.backend import reference_kernels
@@ -181,7 +181,7 @@ def attention(shape: str, spans: tuple[Span, ...], heads: Heads, form: Format, m
                 context = AttentionContext(segments(chunks), keys, past, own, heads.ratio, heads.window)
                 q = cast(query if chosen is None else query[chosen], dtype)
                 picks = selected if selected is None or chosen is None else selected[chosen]
-                given = (q, cast(windows.new(chunks), dtype), context, cast(sinks, dtype), picks)
+                given = (q, cast(windows.new(chunks), dtype), context, cast(Wide(sinks), dtype), picks)
                 return lambda: kernels.attention(*given)
 
             return bound
@@ -228,7 +228,8 @@ def index_topk(shape: str, spans: tuple[Span, ...], heads: Heads, form: Format, 
         def bind(kernels: Kernels, dtype: torch.dtype) -> Bound:
             def bound(chosen: Tensor | None) -> Call:
                 chunks = chunks_of(spans, chosen)
-                q, w = (cast(x if chosen is None else x[chosen], dtype) for x in (query, weights))
+                own = (cast(query, dtype), cast(Wide(weights), dtype))
+                q, w = (x if chosen is None else x[chosen] for x in own)
                 given = (q, w, keys.of(chunks), segments(chunks), heads.ratio, k)
                 return lambda: kernels.index_topk(*given)
 

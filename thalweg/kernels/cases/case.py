@@ -19,17 +19,21 @@ Bind = Callable[[Kernels, torch.dtype], Bound]  # inputs of that float dtype, we
 
 
 class Source:
-    """Random inputs from one seed."""
+    """Random inputs from one seed, on torch's default device. `narrow`: values that bfloat16 holds exactly, in fp32."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, *, narrow: bool = False) -> None:
+        self._generator = torch.Generator(device=torch.get_default_device()).manual_seed(seed)
+        self._narrow = narrow
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator)
+        return self._held(torch.randn(shape, generator=self._generator))
 
     def weight(self, *shape: int) -> Tensor:
         """Of a deviation under which products with inputs of deviation 1 have deviation 1 too."""
-        return self.normal(*shape) * shape[-1] ** -0.5
+        return self._held(self.normal(*shape) * shape[-1] ** -0.5)
+
+    def _held(self, values: Tensor) -> Tensor:
+        return values.bfloat16().float() if self._narrow else values
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """int64 from low to high, without high."""
@@ -58,12 +62,22 @@ class Case:
     comparable: Callable[[Any], tuple[Tensor, ...]] = as_tuple
 
 
+@dataclass(frozen=True, slots=True)
+class Wide:
+    """An input that an op takes in fp32 whatever the activations are."""
+
+    values: Tensor
+
+
+Input = Tensor | Wide
+
+
 def over_rows(
     call: Callable[..., Any],
-    rows: tuple[Tensor, ...],
+    rows: tuple[Input, ...],
     *,
-    weights: tuple[Tensor, ...] = (),
-    fixed: tuple[Tensor, ...] = (),
+    weights: tuple[Input, ...] = (),
+    fixed: tuple[Input, ...] = (),
 ) -> Bind:
     """call(kernels, *packed weights, *fixed, *rows), where each of `rows` has one row per row of the result."""
 
@@ -72,7 +86,7 @@ def over_rows(
         shared = [cast(x, dtype) for x in fixed]
 
         def bound(chosen: Tensor | None) -> Call:
-            own = [cast(x if chosen is None else x[chosen], dtype) for x in rows]
+            own = [x if chosen is None else x[chosen] for x in (cast(x, dtype) for x in rows)]
             return lambda: call(kernels, *packed, *shared, *own)
 
         return bound
@@ -80,12 +94,16 @@ def over_rows(
     return bind
 
 
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floats in another dtype; whole numbers as they are."""
+def cast(x: Input, dtype: torch.dtype) -> Tensor:
+    """Floats in another dtype, wide ones not in a narrower one than fp32; whole numbers as they are."""
+    if isinstance(x, Wide):
+        return x.values.to(torch.promote_types(dtype, torch.float32))
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def packed_weight(kernels: Kernels, weight: Tensor, dtype: torch.dtype) -> Weight:
+def packed_weight(kernels: Kernels, weight: Input, dtype: torch.dtype) -> Weight:
     """bfloat16 weights stay so where the backend multiplies by them under fp32 activations."""
+    if isinstance(weight, Wide):
+        return kernels.pack(cast(weight, dtype))
     keeps = weight.dtype is torch.bfloat16 and dtype is torch.float32 and kernels.pack is not reference_pack
     return kernels.pack(weight if keeps else weight.to(dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from thalweg.kernels.arguments import Weight
-from thalweg.kernels.cases.case import Bind, Case, Source, over_rows
+from thalweg.kernels.cases.case import Bind, Case, Input, Source, Wide, over_rows
 from thalweg.kernels.ops import Kernels
 
 ELEMENT = 4  # bytes of activations: fp32
@@ -63,7 +63,9 @@ def rotate(shape: str, rows: int, heads: int, width: int, rope: int) -> Case:
     def inputs(source: Source) -> Bind:
         angles = source.normal(rows, rope // 2) * 100
         x = source.normal(rows, heads, width)
-        return over_rows(lambda kernels, x, c, s: kernels.rotate(x.clone(), c, s), (x, angles.cos(), angles.sin()))
+        return over_rows(
+            lambda kernels, x, c, s: kernels.rotate(x.clone(), c, s), (x, Wide(angles.cos()), Wide(angles.sin()))
+        )
 
     sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
     return Case("rotate", shape, sizes, rows, inputs)
@@ -75,8 +77,8 @@ def mix_in(shape: str, rows: int, streams: int, hidden: int, iterations: int = 2
         return over_rows(
             lambda kernels, fn, base, scale, x: kernels.mix_in(x, fn, base, scale, NORM_EPS, MIX_EPS, iterations),
             (source.normal(rows, streams, hidden),),
-            weights=(source.weight(outputs, streams * hidden),),
-            fixed=(source.normal(outputs), source.normal(3)),
+            weights=(Wide(source.weight(outputs, streams * hidden)),),
+            fixed=(Wide(source.normal(outputs)), Wide(source.normal(3))),
         )
 
     sizes = {"rows": rows, "streams": streams, "hidden": hidden, "iterations": iterations, "element": ELEMENT}
@@ -86,7 +88,8 @@ def mix_in(shape: str, rows: int, streams: int, hidden: int, iterations: int = 2
 def mix_out(shape: str, rows: int, streams: int, hidden: int) -> Case:
     def inputs(source: Source) -> Bind:
         comb = torch.softmax(source.normal(rows, streams, streams), -1)
-        given = (source.normal(rows, hidden), source.normal(rows, streams, hidden), source.normal(rows, streams), comb)
+        post, streams_ = Wide(source.normal(rows, streams)), source.normal(rows, streams, hidden)
+        given = (source.normal(rows, hidden), streams_, post, Wide(comb))
         return over_rows(lambda kernels, *rows: kernels.mix_out(*rows), given)
 
     return Case("mix_out", shape, _streams(rows, streams, hidden), rows, inputs)
@@ -97,8 +100,8 @@ def mix_head(shape: str, rows: int, streams: int, hidden: int) -> Case:
         return over_rows(
             lambda kernels, fn, base, scale, x: kernels.mix_head(x, fn, base, scale, NORM_EPS, MIX_EPS),
             (source.normal(rows, streams, hidden),),
-            weights=(source.weight(streams, streams * hidden),),
-            fixed=(source.normal(streams), source.normal(1)),
+            weights=(Wide(source.weight(streams, streams * hidden)),),
+            fixed=(Wide(source.normal(streams)), Wide(source.normal(1))),
         )
 
     return Case("mix_head", shape, _streams(rows, streams, hidden), rows, inputs)
@@ -114,14 +117,14 @@ def compress(shape: str, entries: int, tokens: int, width: int, *, overlap: bool
     def inputs(source: Source) -> Bind:
         rows, own = source.normal(entries * tokens, 2 * width), source.order(entries * tokens).view(entries, tokens)
         if not overlap:
-            return over_rows(lambda kernels, rows, own: kernels.compress(rows, own), (own,), fixed=(rows,))
+            return over_rows(lambda kernels, rows, own: kernels.compress(rows, own), (own,), fixed=(Wide(rows),))
         before = source.normal(entries * tokens, 2 * width)
         previous = source.order(entries * tokens).view(entries, tokens).clone()
         previous[::5] = -1
         return over_rows(
             lambda kernels, rows, before, own, previous: kernels.compress(rows, own, before, previous),
             (own, previous),
-            fixed=(rows, before),
+            fixed=(Wide(rows), Wide(before)),
         )
 
     sizes = {"entries": entries, "tokens": tokens * (1 + overlap), "width": width}
@@ -135,7 +138,9 @@ def route(shape: str, rows: int, experts: int, k: int, *, how: str = "biased") -
         bias = source.normal(experts) * 0.5 if how == "biased" else None
         logits = torch.zeros(rows, experts) if how == "equal" else _rankable(source, rows, experts, bias)
         chosen = (source.order(experts)[:k] for _ in range(rows))
-        given = (logits, torch.stack(list(chosen))) if how == "hashed" else (logits,)
+        given: tuple[Input, ...] = (Wide(logits),)
+        if how == "hashed":
+            given += (torch.stack(list(chosen)),)
         return over_rows(
             lambda kernels, *all_: kernels.route(
                 all_[0 if bias is None else 1],
@@ -145,7 +150,7 @@ def route(shape: str, rows: int, experts: int, k: int, *, how: str = "biased") -
                 ROUTED_SCALE,
             ),
             given,
-            fixed=() if bias is None else (bias,),
+            fixed=() if bias is None else (Wide(bias),),
         )
 
     def comparable(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -182,7 +187,8 @@ def experts(
 
     def inputs(source: Source) -> Bind:
         ids = torch.stack([source.order(count)[:k] for _ in range(rows)])
-        given = (source.normal(rows, hidden), ids, torch.softmax(source.normal(rows, k), -1) * ROUTED_SCALE)
+        by = torch.softmax(source.normal(rows, k), -1) * ROUTED_SCALE
+        given = (source.normal(rows, hidden), ids, Wide(by))
         weights = (_weight(source, narrow, count, 2 * inner, hidden), _weight(source, narrow, count, hidden, inner))
 
         def call(kernels: Kernels, up: Weight, down: Weight, x: Tensor, ids: Tensor, by: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import fields
 
 import torch
 
 from thalweg.kernels.ops import Kernels
+from thalweg.kernels.triton.sources import source_hash
 
 INTERPRET = "TRITON_INTERPRET"  # Triton's own variable; it must be set before triton is imported
+_NOT_INSTALLED = "triton is not installed: pip install 'thalweg[gpu]'"
 
 
 class TritonMissing(Exception):
@@ -21,10 +24,17 @@ def interpreting() -> bool:
     return os.environ.get(INTERPRET, "0") not in ("0", "")
 
 
+def compiler_missing() -> str:
+    """Why this process cannot compile for GPUs; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return _NOT_INSTALLED
+    return f"{INTERPRET} is set: this process interprets kernels and cannot compile them" if interpreting() else ""
+
+
 def triton_kernels() -> Kernels:
     """Every op in Triton, for CUDA devices or, interpreted, for the CPU. Raises TritonMissing."""
     if importlib.util.find_spec("triton") is None:
-        raise TritonMissing("triton is not installed: pip install 'thalweg[gpu]'")
+        raise TritonMissing(_NOT_INSTALLED)
     if interpreting():
         from thalweg.kernels.triton.interpreter import repair
 
@@ -32,6 +42,16 @@ def triton_kernels() -> Kernels:
     elif not torch.cuda.is_available():
         raise TritonMissing(f"there is no CUDA device, and {INTERPRET}=1 is not set to run its interpreter")
     return _kernels()
+
+
+def triton_hashes() -> dict[str, str]:
+    """Hashes of the sources of every op that has a Triton kernel; none where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    kernels = _kernels()
+    modules = {field.name: getattr(kernels, field.name).__module__ for field in fields(Kernels)}
+    own = {op: module.rpartition(".")[2] for op, module in modules.items() if module.startswith(__package__ + ".")}
+    return {op: source_hash(module) for op, module in own.items()}
 
 
 def _kernels() -> Kernels:
