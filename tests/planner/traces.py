@@ -10,7 +10,9 @@ from thalweg.planner.trace import Session, Texts, conversation
 COST = LinearCost(step=0.004, new_token=3e-5, new_token_context=2e-8, decode=2e-4, decode_context=1e-7)
 
 
-def random_sessions(seed: int, count: int, *, most: int = 700, outputs: int = 150, pause: float = 0.05) -> list[Session]:
+def random_sessions(
+    seed: int, count: int, *, most: int = 700, outputs: int = 150, pause: float = 0.05
+) -> list[Session]:
     """Sessions of one to four turns over three shared beginnings; some clients go away."""
     random = np.random.default_rng(seed)
     texts = Texts()

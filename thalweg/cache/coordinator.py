@@ -282,7 +282,7 @@ class Coordinator:
 
     def reserve(self, cache: SequenceCache, end: int) -> bool:
         """Blocks for computing tokens up to `end`: in all pools, or in none and False. May evict idle blocks."""
-        if cache.begins_quietly(end, self.policy.unit_tokens, self.pools):
+        if cache.begins_alone(end, self.policy.unit_tokens, self.pools):
             return True
         planned = self._planned(cache, end)
         last = self._last_boundary(cache, end)
@@ -302,8 +302,7 @@ class Coordinator:
 
     def commit(self, cache: SequenceCache, tokens: Sized, end: int) -> None:
         """Tokens up to `end` are in the blocks: publish finished units and let go of what is not needed any more."""
-        if end <= cache.quiet_until:
-            cache.end_quiet_step()
+        if cache.ends_alone(end, self.policy.unit_tokens, self.pools):
             return
         start, cache.computed_tokens = cache.computed_tokens, end
         self._publish(cache, tokens, start)

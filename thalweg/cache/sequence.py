@@ -12,6 +12,8 @@ from thalweg.cache.prefix_index import UnitNode
 from thalweg.cache.tables import GrowingTable, SlidingTable
 from thalweg.types import CacheReport
 
+_NONE = range(0)
+
 
 class SequenceCache:
     """The blocks that one running request holds. Tokens below `computed_tokens` are in them.
@@ -41,6 +43,7 @@ class SequenceCache:
         self.chosen = chosen
         self.planned: Mapping[int, CheckpointReason] = {}  # checkpoints that the step under way will keep
         self.quiet_until = 0  # steps of one token up to here concern no pool and no index
+        self._alone = False  # the step begun concerns no index, and pools only as far as they have free blocks
         self._kept: dict[Group, range] = {}  # numbers of the last boundary's checkpoint, as long as steps are quiet
         self.stored_units = 0  # leading units that a lower tier is known to hold
         self.offered_units = 0  # leading units that were offered to lower tiers
@@ -63,8 +66,8 @@ class SequenceCache:
     def wanted(
         self, groups: Iterable[CacheGroupSpec], end: int, boundary: int | None, planned: Iterable[int]
     ) -> dict[Group, Sequence[int]]:
-        """Block numbers that a step to `end` writes and that are not held yet: to go on after it, and for checkpoints at
-        the last boundary before it and at those planned."""
+        """Block numbers that a step to `end` writes and that are not held yet: to go on after it, and for checkpoints
+        at the last boundary before it and at those planned."""
         wanted: dict[Group, Sequence[int]] = {}
         for spec in groups:
             size, group = spec.tokens_per_block, spec.group
@@ -86,31 +89,55 @@ class SequenceCache:
         self.quiet_until = position
         if node is not None and node.depth * unit > position:
             return  # a replay, which ends on a unit that is known
-        if any(len(table) * unit <= position for table in self.growing.values()):
-            return
+        for growing in self.growing.values():
+            if len(growing) * unit <= position:
+                return
         until = end - 1
         for group, table in self.sliding.items():
-            kept = self._kept[group] = table.kept(end - unit) if node is not None else range(0)
+            kept = self._kept[group] = table.kept(end - unit) if node is not None else _NONE
             until = min(until, table.quiet_until(position, end, kept, pools[group].is_sole))
         self.quiet_until = until
 
-    def begins_quietly(self, end: int, unit: int, pools: Mapping[Group, BlockPool]) -> bool:
-        """Take blocks for a step from this request's own, if it is a quiet one."""
-        if end != self.computed_tokens + 1:
-            self.quiet_until = 0
-        elif self.quiet_until < end:
-            self.settle(unit, pools)
-        if self.quiet_until < end:
+    def begins_alone(self, end: int, unit: int, pools: Mapping[Group, BlockPool]) -> bool:
+        """Take blocks for a step of one token that neither ends a unit nor evicts anything. False: it is none."""
+        position, self._alone = self.computed_tokens, False
+        if end != position + 1:
             self.quiet_until = 0
             return False
-        for table in self.sliding.values():
-            table.begin_quiet(self.computed_tokens)
-        return True
+        if self.quiet_until < end:
+            self.settle(unit, pools)
+        if self.quiet_until >= end:
+            for own in self.sliding.values():
+                own.begin_quiet(position)
+            return True
+        if end % unit == 0 or (self.node is not None and self.node.depth * unit > position):
+            return False
+        growing = [group for group, table in self.growing.items() if len(table) * unit <= position]
+        sliding = [group for group, table in self.sliding.items() if table.lacks(position)]
+        self._alone = all(pools[group].free_blocks for group in (*growing, *sliding))
+        if self._alone:
+            for group in growing:
+                self.growing[group].append(pools[group].allocate())
+            for group, table in self.sliding.items():
+                kept = table.kept(position - position % unit) if self.node is not None else _NONE
+                table.begin(position, kept, pools[group])
+        return self._alone
 
-    def end_quiet_step(self) -> None:
-        self.computed_tokens += 1
-        for group, table in self.sliding.items():
-            table.end_quiet(self.computed_tokens, self._kept[group])
+    def ends_alone(self, end: int, unit: int, pools: Mapping[Group, BlockPool]) -> bool:
+        """Let blocks go after a step that began alone."""
+        if end <= self.quiet_until:
+            self.computed_tokens = end
+            for group, table in self.sliding.items():
+                table.end_quiet(end, self._kept[group])
+            return True
+        if self._alone:
+            self.computed_tokens = end
+            for group, table in self.sliding.items():
+                kept = table.kept(end - end % unit) if self.node is not None else _NONE
+                table.end(end, kept, pools[group])
+            self.planned = {}
+            self.settle(unit, pools)
+        return self._alone
 
     def advance(self, end: int) -> None:
         """What so many quiet steps up to `end` do, at once."""

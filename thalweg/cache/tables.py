@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from thalweg.cache.geometry import CacheGroupSpec
+from thalweg.cache.pool import BlockPool
+from thalweg.config.model import UNIT_TOKENS
 
 _FIRST_CAPACITY = 64
 
@@ -60,6 +62,7 @@ class SlidingTable:
         self._ids: dict[int, int] = {}
         self._spec = spec
         self._size, self._behind = spec.tokens_per_block, spec.blocks_behind
+        self._unit = UNIT_TOKENS
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -100,6 +103,31 @@ class SlidingTable:
         if settled and all(is_sole(block) for number, block in self._ids.items() if number not in kept):
             return unit_end - 1
         return position if position % size == 0 else position - position % size + size - 1
+
+    def lacks(self, position: int) -> bool:
+        """Whether a block must come from the pool before the token at `position` is computed."""
+        return not self.spare and position // self._size not in self._ids
+
+    def begin(self, position: int, kept: range, pool: BlockPool) -> None:
+        """A block for the token at `position`, its own or one of the pool, which has one; and one more if it is free,
+        where the next tokens of the unit will need that."""
+        number = position // self._size
+        if number not in self._ids:
+            self._ids[number] = self.spare.pop() if self.spare else pool.allocate()
+        if (
+            len(self._ids) + len(self.spare) <= len(kept) + self._behind
+            and self._size < self._unit
+            and pool.free_blocks
+        ):
+            self.spare.append(pool.allocate())
+
+    def end(self, end: int, kept: range, pool: BlockPool) -> None:
+        """After the token before `end` was computed: let go of what is not needed any more."""
+        old = end // self._size - self._behind - 1
+        if end % self._size == 0 and old in self._ids and old not in kept:
+            block = self._ids.pop(old)
+            if not (pool.is_sole(block) and self.spare_if_few(block)):
+                pool.release(block)
 
     def begin_quiet(self, position: int) -> None:
         """Before the token at `position` is computed in such a step: a block for it."""

@@ -26,6 +26,7 @@ from thalweg.planner.coarse_cost import CoarseCost
 from thalweg.planner.cost import SequenceWork, StepWork
 from thalweg.planner.outcome import GroupPeak, ReplicaFigures, RequestOutcome
 from thalweg.planner.sim_tiers import Agenda, TierSpec, VirtualClock, VirtualMover
+from thalweg.planner.speculation import Acceptance, Accepted
 from thalweg.planner.stretch import Stretch, can_stretch
 from thalweg.planner.tokens import SyntheticKeys, SyntheticTokens, placeholder
 from thalweg.planner.trace import Turn
@@ -47,6 +48,7 @@ class ReplicaSpec:
     max_step_tokens: int
     prefix_caching: bool = True
     tiers: tuple[TierSpec, ...] = ()
+    acceptance: Acceptance | None = None  # of speculative drafts; None: there are none
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class Asked:
     arrived: float
     first_token: float = math.nan
     sequence: Sequence | None = None
+    accepted: Accepted | None = None
 
 
 Report = Callable[[RequestOutcome], float]  # of a request that ended; returns until when the replica may run on
@@ -79,7 +82,7 @@ class Replica:
         on_plan: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         self.number, self._spec, self._cost, self._report = number, spec, cost, report
-        self._bulk, self._on_plan = bulk, on_plan
+        self._bulk, self._on_plan = bulk and spec.acceptance is None, on_plan
         self.clock, self._agenda = VirtualClock(), Agenda()
         self.coordinator = Coordinator(
             spec.groups, spec.pool_blocks, spec.policy, prefix_caching=spec.prefix_caching, keys=SyntheticKeys()
@@ -182,6 +185,8 @@ class Replica:
         if len(self._open) >= limits.max_waiting:
             return self._over(asked, "error", "max_waiting")
         self._open[asked.request_id] = asked
+        if self._spec.acceptance is not None:
+            asked.accepted = self._spec.acceptance.of(asked.request_id)
         self.scheduler.add(sequence)
         self._most_waiting = max(self._most_waiting, len(self.scheduler.waiting))
         most = limits.max_queue_seconds
@@ -260,13 +265,30 @@ class Replica:
         if self._on_plan is not None and plan.sequences:
             self._on_plan(plan, now)
         if plan.sequences:
-            return StepWork.of(SequenceWork(s.tokens, s.start, s.samples) for s in plan.sequences)
+            work = StepWork.of(SequenceWork(s.tokens, s.start, s.samples) for s in plan.sequences)
+            return work if self._spec.acceptance is None else self._speculated(plan, work, self._spec.acceptance.drafts)
         if scheduler.tiering.busy:
             self._stuck = True
         elif scheduler.waiting and not scheduler.running:
             head = scheduler.waiting.popleft()
             self._over(self._open[head.request_id], "error", "does not fit the cache")
         return None
+
+    def _speculated(self, plan: StepPlan, work: StepWork, drafts: int) -> StepWork:
+        """The same step with drafts behind every decode. What will be accepted of them is drawn now, as far as there is
+        room for it."""
+        items = []
+        for item in plan.sequences:
+            sequence, accepted = item.running.sequence, self._open[item.request_id].accepted
+            end = item.end
+            if sequence.output_tokens and item.samples and item.tokens == 1 and accepted is not None:
+                left = sequence.max_output_tokens - sequence.output_tokens
+                end = item.start + min(left, accepted.next())
+                if end > item.end and not self.coordinator.reserve(item.running.cache, end):
+                    end = item.end
+            items.append(replace(item, end=end))
+        self._plan = StepPlan(tuple(items))
+        return replace(work, decode_tokens=work.decode_tokens + drafts * work.decodes)
 
     def _finish_step(self) -> None:
         self.clock.seconds = self._step_end
@@ -284,15 +306,17 @@ class Replica:
         self.scheduler.observe(plan, seconds)
         for item in plan.sequences:
             if item.samples:
-                self._append(item.running)
+                self._append(item.running, item.end - len(item.running.sequence) + 1)
         if self._bulk and can_stretch(self.scheduler):
             tokens = [self._open[r.sequence.request_id].tokens for r in self.scheduler.running]
             self._stretch = Stretch(self.scheduler, tokens)
 
-    def _append(self, running: Running) -> None:
+    def _append(self, running: Running, tokens: int) -> None:
         sequence = running.sequence
-        sequence.append(0)
-        if sequence.output_tokens == 1:
+        first = sequence.output_tokens == 0
+        for _ in range(tokens):
+            sequence.append(0)
+        if first:
             self._open[sequence.request_id].first_token = self.clock.seconds
         if sequence.output_tokens >= sequence.max_output_tokens:
             self._end(running)

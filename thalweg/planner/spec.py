@@ -13,6 +13,7 @@ from thalweg.memory.capacity import plan_cache
 from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.planner.replica import ReplicaSpec
 from thalweg.planner.sim_tiers import TierSpec
+from thalweg.planner.speculation import Acceptance
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class ReplicaOptions:
     max_waiting: int = 1024
     max_queue_seconds: float | None = None
     tiers: tuple[TierSpec, ...] = ()
+    acceptance: Acceptance | None = None
 
 
 def replica_spec(options: ReplicaOptions, config: ModelConfig) -> ReplicaSpec:
@@ -57,5 +59,5 @@ def replica_spec(options: ReplicaOptions, config: ModelConfig) -> ReplicaSpec:
     )
     return ReplicaSpec(
         groups, layout, plan.pool_blocks, policy, limits, options.max_num_seqs, options.max_num_batched_tokens,
-        options.enable_prefix_caching, options.tiers,
+        options.enable_prefix_caching, options.tiers, options.acceptance,
     )  # fmt: skip

@@ -45,6 +45,7 @@ class Stretch:
         self._open = set(range(len(self._decodes)))
         self._step = 0
         self._due: list[int] = []
+        self._changed = True  # pools or the index, since admission was last tried
         self._wakes = [(self._wake(decode), number) for number, decode in enumerate(self._decodes)]
         heapq.heapify(self._wakes)
         self._context = sum(r.cache.computed_tokens for r in scheduler.running)
@@ -78,7 +79,7 @@ class Stretch:
         """Quiet steps that begin and end before `limit`, each at once, as long as nothing on the agenda is due; returns
         how long they took."""
         scheduler, count = self._scheduler, len(self._open)
-        if not count or len(scheduler.running) != count or self._due or self._admits():
+        if not count or len(scheduler.running) != count or self._admits():
             return []
         left = (self._wakes[0][0] if self._wakes else self._step) - self._step
         stop = min(limit, agenda.next_seconds or limit)
@@ -109,9 +110,9 @@ class Stretch:
             return False
         if scheduler.tiering.tiers:
             return True  # asking them has effects
-        if waiting == self._waiting_seen and not self._due:
+        if waiting == self._waiting_seen and not self._changed:
             return False
-        self._waiting_seen = waiting
+        self._waiting_seen, self._changed = waiting, False
         scheduler.admit()
         return len(scheduler.waiting) != waiting
 
@@ -128,6 +129,7 @@ class Stretch:
         scheduler.observe_decodes(count, (seconds,))
         self._step += 1
         self._context += count
+        self._changed = self._changed or bool(due)
         ended = []
         for number, decode in zip(self._due, due, strict=True):
             decode.tokens.count += 1
@@ -138,6 +140,7 @@ class Stretch:
             else:
                 ended.append(decode.running)
                 self._leave(number)
+        self._due = []
         return ended
 
     def _leave(self, number: int) -> None:
