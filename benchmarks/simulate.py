@@ -1,7 +1,7 @@
 """How fast the simulator is: `python benchmarks/simulate.py OUT.jsonl [--requests N]`.
 
-Requests of short chats through one replica of Flash on a B200, whose caches are far too small for all of them: units are
-inserted and evicted all the time. Seconds are those of the process, since the machine may have others to serve.
+Requests of short chats through one replica of Flash on a B200, whose caches are far too small for all of them: units
+are inserted and evicted all the time. `cpu_seconds` are the process's own: the machine may have others to serve.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from thalweg.planner.scenario import Scenario, sessions_of, simulation_of
 def measure(scenario: Scenario) -> dict[str, object]:
     """One simulation and what it took."""
     simulation = simulation_of(scenario)
-    gc.disable()  # the trees of a prefix index have no garbage in cycles, and looking for it takes longer with every unit
+    gc.disable()  # a prefix index leaves no garbage in cycles, and looking for it takes longer with every unit
     began, cpu = time.perf_counter(), time.process_time()
     result = simulation.run(sessions_of(scenario))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -47,12 +47,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3.0)
     parser.add_argument("--layout", default="tp1")
     parser.add_argument("--pool-memory", type=int, default=8 * 2**30)
+    parser.add_argument("--commit", help="what is measured, where this is no checkout")
     options = parser.parse_args()
     scenario = Scenario(
         "flash", workload=options.workload, requests=options.requests, rate=options.rate, hardware="B200",
         layout=options.layout, pool_memory=options.pool_memory,
     )  # fmt: skip
-    row = {"commit": commit_name(), "layout": options.layout, **measure(scenario), **machine_facts()}
+    row = {"commit": options.commit or commit_name(), "layout": options.layout, **measure(scenario), **machine_facts()}
     with options.out.open("a") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -148,7 +148,7 @@ class Replica:
                 self.clock.seconds = following
             elif self.clock.seconds >= self._limit:
                 return
-            elif not self._run_quiet():
+            elif not self._run_stretch():
                 self._begin_step()
 
     def figures(self) -> ReplicaFigures:
@@ -228,14 +228,17 @@ class Replica:
 
     # -- steps ------------------------------------------------------------------------------------------------
 
-    def _run_quiet(self) -> bool:
-        """Steps of a stretch that nobody else has to do with; whether there were any."""
+    def _run_stretch(self) -> bool:
+        """Steps of a stretch, each at once; whether there were any."""
         if self._stretch is None or self._mover is not None:
             return False
-        took = self._stretch.run_quiet(self.clock, self._cost, self._limit, self._agenda)
+        count = len(self.scheduler.running)
+        took, ended = self._stretch.run(self.clock, self._cost, self._limit, self._agenda, self._note_peaks)
         self._steps += len(took)
         self._busy_seconds += sum(took)
-        self._computed_tokens += len(took) * len(self.scheduler.running)
+        self._computed_tokens += len(took) * count
+        for running in ended:
+            self._end(running)
         return bool(took)
 
     def _begin_step(self) -> None:

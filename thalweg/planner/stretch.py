@@ -9,6 +9,7 @@ it is due, in the order of a planned step. The outcome is that of planning every
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 from thalweg.engine.request import Running
 from thalweg.engine.scheduler import Scheduler
@@ -21,11 +22,12 @@ from thalweg.planner.tokens import SyntheticTokens
 class _Decode:
     """A running request that was last brought up to date before step `synced`."""
 
-    __slots__ = ("running", "synced", "tokens")
+    __slots__ = ("last", "running", "synced", "tokens")
 
     def __init__(self, running: Running, tokens: SyntheticTokens) -> None:
         self.running, self.tokens = running, tokens
         self.synced = 0
+        self.last = running.sequence.prompt_tokens + running.sequence.max_output_tokens  # tokens at its end
 
 
 def can_stretch(scheduler: Scheduler) -> bool:
@@ -59,9 +61,17 @@ class Stretch:
 
     def begin(self) -> StepWork | None:
         """The next step, with its blocks reserved; None where it must be planned."""
-        scheduler = self._scheduler
-        if not self._open or len(scheduler.running) != len(self._open) or self._admits():
+        if not self._goes_on() or not self._begin_due():
             return None
+        count = len(self._open)
+        return StepWork((), count, count, self._context, self._longest + self._step, count)
+
+    def _goes_on(self) -> bool:
+        """Whether a plan would be one of these decodes and nothing else."""
+        return bool(self._open) and len(self._scheduler.running) == len(self._open) and not self._admits()
+
+    def _begin_due(self) -> bool:
+        """Reserve for those that are due in the next step; False if there is no room for one of them."""
         self._due = []
         while self._wakes and self._wakes[0][0] <= self._step:
             number = heapq.heappop(self._wakes)[1]
@@ -70,37 +80,52 @@ class Stretch:
                 self._sync(self._decodes[number])
         for number in self._due:
             cache = self._decodes[number].running.cache
-            if not scheduler.coordinator.reserve(cache, cache.computed_tokens + 1):
-                return None
-        count = len(self._open)
-        return StepWork((), count, count, self._context, self._longest + self._step, count)
+            if not self._scheduler.coordinator.reserve(cache, cache.computed_tokens + 1):
+                for again in self._due:
+                    heapq.heappush(self._wakes, (self._step, again))
+                return False
+        return True
 
-    def run_quiet(self, clock: VirtualClock, cost: CoarseCost, limit: float, agenda: Agenda) -> list[float]:
-        """Quiet steps that begin and end before `limit`, each at once, as long as nothing on the agenda is due; returns
-        how long they took."""
-        scheduler, count = self._scheduler, len(self._open)
-        if not count or len(scheduler.running) != count or self._admits():
-            return []
-        left = (self._wakes[0][0] if self._wakes else self._step) - self._step
-        stop = min(limit, agenda.next_seconds or limit)
-        took: list[float] = []
-        now = clock.seconds
-        while left > 0 and now < stop:
+    def run(
+        self, clock: VirtualClock, cost: CoarseCost, limit: float, agenda: Agenda, reserved: Callable[[], None]
+    ) -> tuple[list[float], list[Running]]:
+        """Steps that begin and end before `limit`, as long as nothing on the agenda is due and nobody is at the last
+        token; how long they took, and who is. `reserved` hears of steps that touched pools. Without lower tiers only.
+        """
+        count, took, ended = len(self._open), list[float](), list[Running]()
+        stop = limit if agenda.next_seconds is None else min(limit, agenda.next_seconds)
+        while not ended and clock.seconds < stop and self._goes_on():
             price, same = cost.decodes(count, self._context, self._longest + self._step)
-            steps = 0
-            while steps < same and steps < left and now < stop and now + price <= limit:
-                end = now + price
-                took.append(end - now)
-                now = end
-                steps += 1
-            if not steps:
+            quiet = self._wakes[0][0] - self._step
+            if quiet > 0:
+                steps = self._run_quiet(clock, price, min(same, quiet), (stop, limit), took)
+                if not steps:
+                    break
+                continue
+            end = clock.seconds + price
+            if end > limit or not self._begin_due():
                 break
-            left -= steps
-            self._step += steps
-            self._context += steps * count
+            reserved()
+            took.append(end - clock.seconds)
+            clock.seconds = end
+            ended = self._end_step()
+        self._scheduler.observe_decodes(count, took)
+        return took, ended
+
+    def _run_quiet(
+        self, clock: VirtualClock, price: float, most: int, bounds: tuple[float, float], took: list[float]
+    ) -> int:
+        """At most so many quiet steps of one price that begin before the first bound and end by the second."""
+        now, steps, (stop, limit) = clock.seconds, 0, bounds
+        while steps < most and now < stop and now + price <= limit:
+            end = now + price
+            took.append(end - now)
+            now = end
+            steps += 1
         clock.seconds = now
-        scheduler.observe_decodes(count, took)
-        return took
+        self._step += steps
+        self._context += steps * len(self._open)
+        return steps
 
     def _admits(self) -> bool:
         """Whether a plan would begin with admissions. Refused ones are not tried again before something changes."""
@@ -118,24 +143,27 @@ class Stretch:
 
     def finish(self, seconds: float) -> list[Running]:
         """The step took so long: requests that are at their last token."""
-        scheduler, count = self._scheduler, len(self._open)
+        self._scheduler.observe_decodes(len(self._open), (seconds,))
+        return self._end_step()
+
+    def _end_step(self) -> list[Running]:
+        scheduler, tiering = self._scheduler, self._scheduler.tiering
         due = [self._decodes[number] for number in self._due]
         for decode in due:
             cache = decode.running.cache
-            scheduler.coordinator.commit(cache, decode.running.sequence.tokens, cache.computed_tokens + 1)
-            scheduler.tiering.offer(cache)
-        if due or scheduler.tiering.tiers:
-            scheduler.tiering.pump()
-        scheduler.observe_decodes(count, (seconds,))
+            scheduler.coordinator.commit(cache, decode.tokens, cache.computed_tokens + 1)
+            if tiering.tiers:
+                tiering.offer(cache)
+        if due or tiering.tiers:
+            tiering.pump()
+            self._changed = True
         self._step += 1
-        self._context += count
-        self._changed = self._changed or bool(due)
+        self._context += len(self._open)
         ended = []
         for number, decode in zip(self._due, due, strict=True):
             decode.tokens.count += 1
             decode.synced = self._step
-            sequence = decode.running.sequence
-            if sequence.output_tokens < sequence.max_output_tokens:
+            if decode.tokens.count < decode.last:
                 heapq.heappush(self._wakes, (self._wake(decode), number))
             else:
                 ended.append(decode.running)
@@ -166,7 +194,7 @@ class Stretch:
 
     def _wake(self, decode: _Decode) -> int:
         """The next step in which a request is not quiet or ends."""
-        cache, sequence = decode.running.cache, decode.running.sequence
-        quiet = max(0, cache.quiet_until - cache.computed_tokens)
-        last = sequence.max_output_tokens - sequence.output_tokens - 1
-        return decode.synced + min(quiet, last)
+        cache = decode.running.cache
+        quiet = cache.quiet_until - cache.computed_tokens
+        last = decode.last - decode.tokens.count - 1
+        return decode.synced + (min(quiet, last) if quiet > 0 else 0)
