@@ -46,8 +46,8 @@ class Simulation:
         self._unit = spec.policy.unit_tokens
         self._rows = Outcomes()
         coarse = CoarseCost(cost)
-        self._replicas = [Replica(i, spec, coarse, self._ended, bulk=bulk, on_plan=on_plan) for i in range(replicas)]
-        self._router = Router(routing, self._replicas)
+        self.replicas = [Replica(i, spec, coarse, self._ended, bulk=bulk, on_plan=on_plan) for i in range(replicas)]
+        self._router = Router(routing, self.replicas)
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._serial = 0
         self._talks: dict[str, _Talk] = {}  # by the id of their open request
@@ -66,7 +66,7 @@ class Simulation:
                 break
             if self._events[0][0] <= reached:
                 heapq.heappop(self._events)[2](reached)
-        return SimulationResult(self._rows, tuple(r.figures() for r in self._replicas), self._skipped)
+        return SimulationResult(self._rows, tuple(r.figures() for r in self.replicas), self._skipped)
 
     def _at(self, seconds: float, action: Callable[[float], None]) -> None:
         self._serial += 1
@@ -90,12 +90,12 @@ class Simulation:
         name = session.name if len(session.turns) == 1 else f"{session.name}/{talk.turn}"
         tokens = SyntheticTokens(turn.pieces, turn.output, self._unit)
         asked = Asked(name, session.tenant, turn, tokens, seconds)
-        place = self._router.choose(session.name, lambda replica: self._replicas[replica].cached_tokens(asked))
+        place = self._router.choose(session.name, lambda replica: self.replicas[replica].cached_tokens(asked))
         talk.replica = place
         self._talks[name] = talk
-        self._replicas[place].submit(asked)
+        self.replicas[place].submit(asked)
         if turn.cancel_after is not None:
-            self._at(seconds + turn.cancel_after, lambda at: self._replicas[place].cancel(name, at))
+            self._at(seconds + turn.cancel_after, lambda at: self.replicas[place].cancel(name, at))
 
     def _ended(self, row: RequestOutcome) -> float:
         """Take down what became of a request; returns when it causes the next one."""
@@ -117,19 +117,19 @@ class Simulation:
 
     def _advance(self, until: float) -> float:
         """Run the replicas up to the next event, at most to `until`; returns to when they came."""
-        if not self._following or len(self._replicas) == 1:
-            for replica in self._replicas:
+        if not self._following or len(self.replicas) == 1:
+            for replica in self.replicas:
                 replica.run_until(until)
                 until = min(until, self._events[0][0]) if self._events else until
             return until
         while True:
-            order = sorted((replica.next_seconds, replica.number) for replica in self._replicas)
+            order = sorted((replica.next_seconds, replica.number) for replica in self.replicas)
             first, number = order[0]
             if first >= until:
                 break
-            self._replicas[number].run_until(min(until, max(order[1][0], math.nextafter(first, math.inf))))
+            self.replicas[number].run_until(min(until, max(order[1][0], math.nextafter(first, math.inf))))
             until = min(until, self._events[0][0]) if self._events else until
-        for replica in self._replicas:
+        for replica in self.replicas:
             replica.run_until(until)
         return until
 
