@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from thalweg.config.options import EngineOptions, load_options, parse_bytes
+from thalweg.config.options import EngineOptions, load_options, parse_bytes, profile_names
 from thalweg.errors import ConfigError
 
 
@@ -154,3 +154,19 @@ def test_what_is_no_byte_count(text: object) -> None:
     with pytest.raises(ConfigError, match=r"memory: .* is not a number of bytes") as caught:
         parse_bytes(text, "memory")  # type: ignore[arg-type]
     assert caught.value.param == "memory"
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_a_profile_is_a_file_of_options_and_everything_else_goes_over_it(name: str, tmp_path: Path) -> None:
+    plain, own = load_options({}, environment={}), load_options({}, profile=name, environment={})
+    assert own != plain and own.model == plain.model
+    file = tmp_path / "own.toml"
+    file.write_text("max-num-seqs = 3")
+    assert load_options({}, profile=name, file=file, environment={}).max_num_seqs == 3
+    assert load_options({"max_num_seqs": 5}, profile=name, file=file, environment={}).max_num_seqs == 5
+
+
+def test_there_is_a_profile_for_each_shape_of_traffic() -> None:
+    assert profile_names() == ["coding-agents", "long-agents", "mixed", "rollouts", "short-chat"]
+    with pytest.raises(ConfigError, match="Did you mean 'short-chat'"):
+        load_options({}, profile="short-cat", environment={})

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from thalweg.config.options import EngineOptions, load_options
+from thalweg.config.options import EngineOptions, load_options, profile_names
 
 _PANEL = "Engine"
 
@@ -19,6 +19,10 @@ def _option(*names: str, help: str) -> Any:
 
 Model = Annotated[str | None, typer.Argument(help="Model directory; the embedded default model if left out.")]
 ConfigFile = Annotated[Path | None, _option("--config", help="TOML file with engine options.")]
+Profile = Annotated[
+    str | None,
+    _option("--profile", help=f"Options for a shape of traffic: {', '.join(profile_names())}. Others go over them."),
+]
 ServedName = Annotated[str | None, _option("--served-model-name", help="Name that clients use.")]
 Device = Annotated[str | None, _option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, _option("--dtype", help="auto, float32 or bfloat16.")]
@@ -90,6 +94,6 @@ Threads = Annotated[int | None, _option("--threads", help="CPU threads of one op
 
 
 def options_from(given: Mapping[str, Any]) -> EngineOptions:
-    """Engine options from a command's local variables: those with an option's name, and `config`."""
+    """Engine options from a command's local variables: those with an option's name, `profile` and `config`."""
     flags = {name: given[name] for name in EngineOptions.__dataclass_fields__ if name in given}
-    return load_options(flags, file=given.get("config"))
+    return load_options(flags, profile=given.get("profile"), file=given.get("config"))

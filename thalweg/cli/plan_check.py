@@ -55,7 +55,7 @@ def _print(report: Report, *, every: bool) -> None:
     elif others:
         print(f"{len(others)} figures are not claimed; --all lists them with the reasons")
     if report.findings:
-        print("odd in the table:" if every else f"{len(report.findings)} oddities in the table; --all lists them")
+        print("oddities:" if every else f"{len(report.findings)} oddities in the rows; --all lists them")
     for finding in report.findings if every else ():
         print(f"  {finding.what}" + (f" ({len(finding.rows)} rows)" if finding.rows else ""))
 

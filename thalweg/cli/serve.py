@@ -47,6 +47,7 @@ def serve(
     ] = None,
     enable_log_requests: LogRequests = True,
     shutdown_timeout: ShutdownTimeout = 30,
+    profile: flags.Profile = None,
     config: flags.ConfigFile = None,
     served_model_name: flags.ServedName = None,
     device: flags.Device = None,

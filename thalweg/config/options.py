@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ _POLICIES = ("boundary", "full", "exact-replay", "bounded-replay")
 _BYTE_UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "TIB": 2**40, "TB": 10**12, "T": 2**40}
 _SAME_FORMAT = {"fp8_e4m3": "fp8", "bf16": "bfloat16"}  # what users of other engines type
 
+_PROFILES = resources.files("thalweg") / "data" / "profiles"
 _OF_SERVERS = frozenset({"THALWEG_API_KEY"})  # variables that are no engine options
 
 
@@ -144,21 +146,35 @@ def split_window_policy(value: str) -> tuple[str, int | None]:
     return value, None
 
 
+def profile_names() -> list[str]:
+    """The endpoint profiles that come with thalweg: one for each shape of traffic, a file of options each."""
+    return sorted(path.name.removesuffix(".toml") for path in _PROFILES.iterdir() if path.name.endswith(".toml"))
+
+
+def profile_text(name: str) -> str:
+    """The file of an endpoint profile. Raises ConfigError with the nearest name."""
+    known = profile_names()
+    if name not in known:
+        raise ConfigError(f"profile: {name!r} is not one of {', '.join(known)}.{nearest(name, known)}", param="profile")
+    return (_PROFILES / f"{name}.toml").read_text()
+
+
 def load_options(
     flags: Mapping[str, Any],
     *,
+    profile: str | None = None,
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> EngineOptions:
-    """Merge a TOML file, THALWEG_* variables and flags (flags that are None were not given).
+    """Merge an endpoint profile, a TOML file, THALWEG_* variables and flags (flags that are None were not given).
 
     Raises ConfigError for unknown names, with the nearest known one, and for values out of range.
     """
     known = [f.name for f in fields(EngineOptions)]
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = {} if profile is None else _of_toml(profile_text(profile))
     if file is not None:
         try:
-            merged |= {k.replace("-", "_"): v for k, v in tomllib.loads(file.read_text()).items()}
+            merged |= _of_toml(file.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"--config {file}: {error}", param="config") from error
     source = os.environ if environment is None else environment
@@ -171,3 +187,7 @@ def load_options(
     options = EngineOptions(**{name: _typed(name, value) for name, value in merged.items()})
     _check(options)
     return options
+
+
+def _of_toml(text: str) -> dict[str, Any]:
+    return {name.replace("-", "_"): value for name, value in tomllib.loads(text).items()}

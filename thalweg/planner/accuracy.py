@@ -1,8 +1,9 @@
 """How wrong the planner is: errors of held-out measurements by layer, never pooled over layers.
 
-Kernel: whole slices of NVIDIA's tables left out of the fit; contexts up to 64K fitted, 131K to 1M predicted. Step:
-timed steps of our own engine, the same way. Serving: published times. Memory: published capacities. Beside each stand
-two baselines: limits of the hardware alone, and a rate that does not depend on the context.
+Kernel: whole slices of NVIDIA's tables left out of the fit; contexts up to 64K fitted, 131K to 1M predicted. Ops: parts
+of the tables of experts, hyper-connections, GEMMs and collectives. Step: timed steps of our own engine, the same way.
+Serving: published times. Memory: published capacities. Beside them stand two baselines: limits of the hardware alone,
+and a rate that does not depend on the context.
 """
 
 from __future__ import annotations

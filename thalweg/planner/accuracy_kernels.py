@@ -6,9 +6,19 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from thalweg.errors import ConfigError
 from thalweg.planner.accuracy import Regret, Score, Trial, regret, score
 from thalweg.planner.baselines import constant_rate, kernel_roofline
-from thalweg.planner.kernel_times import LEAST_SECONDS, KernelTimes, row_kind
+from thalweg.planner.hardware import accelerator
+from thalweg.planner.kernel_times import (
+    LEAST_SECONDS,
+    Finding,
+    KernelTimes,
+    layer_kind,
+    row_kind,
+    shape_of,
+    shipped_kernel_times,
+)
 from thalweg.planner.tables import KernelRow, shipped_kernel_rows
 
 SHORT_CONTEXT, LONG_CONTEXT = 65536, 131072
@@ -46,16 +56,37 @@ def kernel_layer() -> tuple[list[Score], list[Regret]]:
     return scores, _regrets(inside)
 
 
-def rows_layer(rows: Iterable[KernelRow]) -> list[Score]:
-    """Scores of other rows: predicted from the package's table; the long ones also from its short contexts alone."""
+def rows_layer(rows: Iterable[KernelRow]) -> tuple[list[Score], list[Finding]]:
+    """Scores of other rows: predicted from the package's table; the long ones also from its short contexts alone. And
+    which rows are not priced, by reason."""
     shipped = shipped_kernel_rows()
+    reasons: dict[str, list[KernelRow]] = defaultdict(list)
     known = {_name(row) for row in shipped}
-    new = [row for row in rows if _name(row) not in known]
+    for row in rows:
+        reasons[_unpriced(row, known)].append(row)
+    new = reasons.pop("", [])
     short = [row for row in shipped if row.context <= SHORT_CONTEXT]
-    return [
+    scores = [
         *_scores("given rows", trials(shipped, new)),
         *_scores("given rows, extrapolated to 1M", trials(short, [r for r in new if r.context >= LONG_CONTEXT])),
     ]
+    return scores, [Finding(f"not priced: {reason}", tuple(found)) for reason, found in sorted(reasons.items())]
+
+
+def _unpriced(row: KernelRow, known: set[str]) -> str:
+    """Why a row is not compared; empty if it is."""
+    if _name(row) in known:
+        return "rows of the table itself"
+    if row.seconds < LEAST_SECONDS:
+        return "calls of less than a microsecond launch nothing"
+    if row_kind(row) not in shipped_kernel_times().kinds:
+        return f"no rows of {row_kind(row)}"
+    try:
+        accelerator(row.system)
+        shape_of(row.model, layer_kind(row.kind))
+    except ConfigError as error:
+        return error.message
+    return ""
 
 
 def _held_out(
@@ -100,6 +131,6 @@ def _regrets(pairs: Sequence[tuple[KernelRow, Trial]]) -> list[Regret]:
 
 def _name(row: KernelRow) -> str:
     return (
-        f"{row_kind(row)} {row.framework} {row.system} {row.model} tp{row.tp} "
+        f"{row_kind(row)} {row.framework} {row.version} {row.system} {row.model} tp{row.tp} "
         f"b{row.batch} n{row.new_tokens} c{row.context}"
     )

@@ -9,26 +9,45 @@ from pathlib import Path
 from thalweg.errors import ConfigError
 from thalweg.planner.accuracy import Regret, Report, Score, Trial, regret, score
 from thalweg.planner.accuracy_kernels import kernel_layer, rows_layer
+from thalweg.planner.accuracy_ops import op_layer
 from thalweg.planner.accuracy_steps import step_layer
-from thalweg.planner.kernel_times import shipped_kernel_times
+from thalweg.planner.kernel_times import Finding, shipped_kernel_times
+from thalweg.planner.op_times import shipped_op_times
 from thalweg.planner.serving_rows import Comparison, compare
 from thalweg.planner.tables import KERNEL_COLUMNS, SERVING_COLUMNS, kernel_rows, read_file, read_rows
 
 
 def check(rows: Path | None = None) -> Report:
-    """Errors of the package's tables, or of the rows of a file with the columns of the kernel or the serving table."""
+    """Errors of the package's tables, or of the rows of a file with the columns of the kernel or the serving table.
+
+    Raises ConfigError for a file that is neither, or that has nothing to compare.
+    """
     if rows is None:
         scores, regrets = kernel_layer()
         comparisons = compare(read_rows("v4_measured_serving.csv"))
+        scores += op_layer()
         scores += step_layer()
         scores += _serving_scores(comparisons)
         regrets += _layout_regret(comparisons)
-        return Report(tuple(scores), tuple(regrets), tuple(comparisons), shipped_kernel_times().findings())
+        return Report(tuple(scores), tuple(regrets), tuple(comparisons), _findings())
     found, kernel = _given(rows)
     if kernel:
-        return Report(tuple(rows_layer(kernel_rows(found, rows.name))))
+        scores, findings = rows_layer(kernel_rows(found, rows.name))
+        if not scores:
+            reasons = "; ".join(f.what for f in findings)
+            raise ConfigError(f"rows: nothing in {rows} can be compared: {reasons}", param="rows")
+        return Report(tuple(scores), findings=tuple(findings))
     comparisons = compare(found)
-    return Report(tuple(_serving_scores(comparisons)), (), tuple(comparisons))
+    return Report(tuple(_serving_scores(comparisons)), comparisons=tuple(comparisons))
+
+
+def _findings() -> tuple[Finding, ...]:
+    """What is odd in the package's tables."""
+    host = [
+        Finding(f"{framework} on {device}: {quant} {kind} rows time the host's dispatch and are left out", ())
+        for kind, (framework, device, quant) in sorted(shipped_op_times().dropped)
+    ]
+    return (*shipped_kernel_times().findings(), *host)
 
 
 def _given(path: Path) -> tuple[list[dict[str, str]], bool]:

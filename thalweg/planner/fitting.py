@@ -20,10 +20,9 @@ from scipy.optimize import nnls
 Array = NDArray[np.float64]
 Key = tuple[str, ...]
 
-SHARED_WEIGHT = 0.15  # of the coefficients one level up, in rows per coefficient
+SHARED_WEIGHT = 0.5  # of the coefficients one level up, in rows per coefficient: best for the kernel layer
 OCTAVES = 2.5  # over so many doublings of a size residuals are alike
 APART = 12.5  # octaves between places that share no residual
-NOISE = 0.012  # relative scatter of repeated measurements of the tables
 ODD_NOISES = 10  # a row so many times the noise away from what its neighbours say is kept out of the fit
 
 
@@ -59,11 +58,13 @@ def _alike(left: Array, right: Array) -> Array:
 
 @dataclass(frozen=True)
 class Fit:
-    """Of one key: coefficients, the correction of its rows if they are this key's own, and the rows kept out."""
+    """Of one key: coefficients, the correction of its rows if they are this key's own, the rows kept out, and how far
+    (log) a row usually is from what the others say of it, the 80% quantile."""
 
     coefficients: Array
     correction: Smooth | None
     odd: tuple[int, ...]
+    surprise: float
 
     def seconds(self, features: Array, place: Array) -> float:
         """The time of one call."""
@@ -78,9 +79,7 @@ class GroupedFit:
     scatter of `noise`.
     """
 
-    def __init__(
-        self, keys: Sequence[Key], features: Array, places: Array, seconds: Array, noise: float = NOISE
-    ) -> None:
+    def __init__(self, keys: Sequence[Key], features: Array, places: Array, seconds: Array, noise: float) -> None:
         self._noise = noise
         self._keys, self._features, self._places, self._seconds = keys, features, places, seconds
         self._rows: dict[Key, list[int]] = {}
@@ -116,18 +115,19 @@ class GroupedFit:
     def _make(self, key: Key, *, own: bool) -> Fit:
         coefficients = self._solve(key, self._rows[key])
         if not own:
-            return Fit(coefficients, None, ())
-        rows = np.array(self._rows[key])
-        correction, surprise = smooth(self._places[rows], self._residuals(rows, coefficients), self._noise)
-        odd = np.abs(surprise) > ODD_NOISES * self._noise
-        if odd.any() and odd.sum() <= len(rows) // 4:
-            kept = rows[~odd]
-            coefficients = self._solve(key, list(kept))
-            correction, _ = smooth(self._places[kept], self._residuals(kept, coefficients), self._noise)
-            return Fit(coefficients, correction, tuple(int(i) for i in rows[odd]))
-        return Fit(coefficients, correction, ())
+            return Fit(coefficients, None, (), 0.0)
+        kept = list(self._rows[key])
+        odd: list[int] = []
+        while True:
+            correction, surprise = smooth(self._places[kept], self._residuals(kept, coefficients), self._noise)
+            worst = int(np.argmax(np.abs(surprise)))
+            if abs(surprise[worst]) <= ODD_NOISES * self._noise or len(odd) > len(kept) // 4:
+                usual = float(np.quantile(np.abs(surprise), 0.8))
+                return Fit(coefficients, correction, tuple(sorted(odd)), usual)
+            odd.append(kept.pop(worst))  # one at a time: it makes its neighbours look odd
+            coefficients = self._solve(key, kept)
 
-    def _residuals(self, rows: Array, coefficients: Array) -> Array:
+    def _residuals(self, rows: list[int], coefficients: Array) -> Array:
         return np.log(self._seconds[rows] / (self._features[rows] @ coefficients))
 
     def _shared(self, key: Key) -> Array:

@@ -36,14 +36,19 @@ from thalweg.planner.tables import KernelRow, shipped_kernel_rows
 LEAST_SECONDS = 1e-6  # shorter calls are launches of nothing
 DROP = 0.85  # a series that falls below this share with more context has switched its path
 MODELS = ("flash", "pro")
-# Half widths of the 80% intervals, in log seconds, of layers and of their kernels: 80% quantiles of held-out errors, as
-# `thalweg plan check` holds them out. Of devices without rows the framework's others speak, of frameworks without rows
-# all do.
-WIDTHS = {
-    "module": {Origin.MEASURED: 0.02, Origin.INTERPOLATED: 0.03, Origin.EXTRAPOLATED: 0.1, Origin.BOUND: 0.15},
-    "kernel": {Origin.MEASURED: 0.05, Origin.INTERPOLATED: 0.13, Origin.EXTRAPOLATED: 0.26, Origin.BOUND: 0.26},
+MEASURED_WIDTH = 0.02  # log seconds, half: what a repeated measurement differs by
+SLICE = 1.05  # a slice left out is so much harder to tell than one row, of which `Fit.surprise` speaks
+# Half widths of 80% intervals away from the rows, in log seconds: beyond them, on another device of the framework, in
+# another framework. 80% quantiles of held-out errors, as `thalweg plan check` holds them out.
+FAR_WIDTHS = {
+    "csa_prefill_module": (0.13, 0.22, 0.35),
+    "hca_prefill_module": (0.035, 0.18, 0.34),
+    "csa_decode_module": (0.10, 0.09, 0.52),
+    "hca_decode_module": (0.08, 0.11, 0.15),
+    "csa_indexer_logits_kernel": (0.13, 0.25, 0.36),
 }
-FOREIGN_WIDTHS = {"module": 0.38, "kernel": 0.36}
+OTHER_FAR_WIDTHS = (0.35, 0.3, 0.5)
+SCATTER = {"module": 0.012, "kernel": 0.03}  # relative, of a repeated measurement: kernels take microseconds
 PARTS = {"prefill": prefill_parts, "decode": decode_parts}
 
 
@@ -119,7 +124,7 @@ class KernelTimes:
         if exact is None:
             return estimate
         seconds = float(np.median(exact))
-        width = math.exp(WIDTHS[_sort(row.kind)][Origin.MEASURED])
+        width = math.exp(MEASURED_WIDTH)
         return Estimate(
             seconds, min(seconds / width, estimate.seconds), max(seconds * width, estimate.seconds), Origin.MEASURED
         )
@@ -130,8 +135,7 @@ class KernelTimes:
         query = self._on_path(key[0], kind, shape, query)
         seconds = self._seconds(kind, key, shape, query, device)
         origin = self._origin(kind, key, shape, query)
-        foreign = origin is Origin.BOUND and not self._fit(kind).has(key[:1])
-        width = math.exp(FOREIGN_WIDTHS[_sort(kind)] if foreign else WIDTHS[_sort(kind)][origin])
+        width = math.exp(self._width(kind, key, origin))
         low, high = seconds / width, seconds * width
         for other in self._other_paths(key, kind, shape, query):
             beyond = self._seconds(kind, key, shape, other, device)
@@ -177,6 +181,7 @@ class KernelTimes:
                 ),
                 np.array([_place(s, q) for s, q in calls]),
                 np.array([r.seconds for r in rows]),
+                SCATTER["module" if "module" in kind else "kernel"],
             )
         return self._fits[kind]
 
@@ -202,6 +207,13 @@ class KernelTimes:
         unknown = low < query.deepest < high if high else query.deepest > deepest
         return (replace(query, path=3 - query.path),) if unknown else ()
 
+    def _width(self, kind: str, key: Key, origin: Origin) -> float:
+        beyond, elsewhere, foreign = FAR_WIDTHS.get(kind, OTHER_FAR_WIDTHS)
+        if origin is Origin.BOUND:
+            return elsewhere if self._fit(kind).has(key[:1]) else foreign
+        near = max(MEASURED_WIDTH, SLICE * self._fit(kind).fit(key).surprise)
+        return near if origin is Origin.INTERPOLATED else max(near, beyond)
+
     def _origin(self, kind: str, key: Key, shape: AttentionShape, query: KernelQuery) -> Origin:
         if not self._fit(kind).has(key):
             return Origin.BOUND
@@ -224,12 +236,9 @@ def row_kind(row: KernelRow) -> str:
     return f"{row.kind}:{row.variant}" if row.variant else row.kind
 
 
-def _sort(kind: str) -> str:
-    return "module" if "module" in kind else "kernel"
-
-
 def _identity(row: KernelRow) -> tuple:
-    return (row_kind(row), row.framework, row.system, row.model, row.tp, row.batch, row.new_tokens, row.context)
+    call = (row.model, row.tp, row.batch, row.new_tokens, row.context)
+    return (row_kind(row), row.framework, row.version, row.system, *call)
 
 
 def call_parts(kind: str, shape: AttentionShape, query: KernelQuery, device: Accelerator) -> Array:

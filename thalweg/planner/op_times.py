@@ -20,6 +20,7 @@ from thalweg.planner.tables import OpRow, shipped_op_rows
 
 WEIGHT_BYTES = {"mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "fp8": 1.0, "bf16": 2.0}
 WIDTHS = {Origin.INTERPOLATED: 0.12, Origin.EXTRAPOLATED: 0.25, Origin.BOUND: 0.35}  # log, as in kernel_times
+SCATTER = 0.02  # relative, of a repeated measurement
 HOST_BOUND = 4.0  # a group whose fastest call is so many times the usual fastest has timed its dispatch
 
 
@@ -106,7 +107,6 @@ PARTS: dict[str, Parts] = {
     "all_reduce": collective_parts,
     "all_gather": collective_parts,
     "reduce_scatter": collective_parts,
-    "alltoall": collective_parts,
     "deepep_ll_dispatch": exchange_parts,
     "deepep_ll_combine": exchange_parts,
     "deepep_ht_dispatch": exchange_parts,
@@ -115,7 +115,7 @@ PARTS: dict[str, Parts] = {
 SHAPES = {"flash": ExpertShape(4096, 2048, 256, 6), "pro": ExpertShape(7168, 3072, 384, 6)}
 
 
-def _call(row: OpRow) -> OpCall:
+def op_call(row: OpRow) -> OpCall:
     shape: ExpertShape | tuple[int, int] | None = SHAPES.get(row.model)
     if row.kind.startswith("gemm_"):
         outputs, width = (int(n) for n in row.kind.removeprefix("gemm_").split("x"))
@@ -125,7 +125,7 @@ def _call(row: OpRow) -> OpCall:
     return OpCall(row.tokens, row.tp, row.ep, row.bytes, shape)
 
 
-def _kind(row: OpRow) -> str:
+def op_kind(row: OpRow) -> str:
     return "gemm" if row.kind.startswith("gemm_") else row.kind
 
 
@@ -140,7 +140,7 @@ def dispatch_bound(rows: Sequence[OpRow]) -> frozenset[tuple[str, Key]]:
     """(kind, key) of rows that timed the host, not the kernel: even the fastest takes far longer than elsewhere."""
     fastest: dict[str, dict[Key, float]] = {}
     for row in rows:
-        of_kind = fastest.setdefault(_kind(row), {})
+        of_kind = fastest.setdefault(op_kind(row), {})
         key = (row.framework, row.system, row.quant)
         of_kind[key] = min(row.seconds, of_kind.get(key, math.inf))
     return frozenset(
@@ -158,8 +158,8 @@ class OpTimes:
         self.dropped = dispatch_bound(rows)
         self._rows: dict[str, list[OpRow]] = {}
         for row in rows:
-            if (_kind(row), (row.framework, row.system, row.quant)) not in self.dropped:
-                self._rows.setdefault(_kind(row), []).append(row)
+            if (op_kind(row), (row.framework, row.system, row.quant)) not in self.dropped:
+                self._rows.setdefault(op_kind(row), []).append(row)
         self._fits: dict[str, GroupedFit] = {}
         self._spans: dict[tuple[str, Key], tuple[Array, Array]] = {}
 
@@ -177,12 +177,13 @@ class OpTimes:
     def _fit(self, kind: str) -> GroupedFit:
         if kind not in self._fits:
             rows = self._rows[kind]
-            calls = [_call(r) for r in rows]
+            calls = [op_call(r) for r in rows]
             self._fits[kind] = GroupedFit(
                 [(r.framework, r.system, r.quant) for r in rows],
                 np.array([PARTS[kind](c, r.quant, accelerator(r.system)) for r, c in zip(rows, calls, strict=True)]),
                 np.array([_place(c) for c in calls]),
                 np.array([r.seconds for r in rows]),
+                SCATTER,
             )
         return self._fits[kind]
 
@@ -191,7 +192,7 @@ class OpTimes:
         if not rows:
             return Origin.BOUND
         if (kind, key) not in self._spans:
-            sizes = np.array([_place(_call(self._rows[kind][i]))[:4] for i in rows])
+            sizes = np.array([_place(op_call(self._rows[kind][i]))[:4] for i in rows])
             self._spans[(kind, key)] = sizes.min(axis=0), sizes.max(axis=0)
         low, high = self._spans[(kind, key)]
         size = _place(call)[:4]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from thalweg.errors import ConfigError
 from thalweg.planner.cost import Estimate, StepWork, total
 from thalweg.planner.hardware import accelerator
+from thalweg.planner.memory_model import session_need
 from thalweg.planner.step_cost import ModelStepCost
 
 
@@ -77,3 +78,32 @@ class Serving:
         """The median first-token time of equal prompts that arrive together."""
         each = math.ceil(prompts / self._deployment.layout.dp)
         return self.cold_ttft(prompt_tokens) * ((each + 1) / 2)
+
+
+class SplitServing:
+    """Prompts on one engine, decodes on another: a prompt's cache rows cross the network before its first token, and no
+    prompt delays a decode."""
+
+    def __init__(self, prefill: Serving, decode: Serving) -> None:
+        self.prefill, self.decode = prefill, decode
+
+    def transfer_seconds(self, prompt_tokens: int) -> float:
+        """A prompt's rows over one GPU's share of the network: every tensor parallel rank sends its own copy."""
+        model = self.prefill.cost.model
+        rows = session_need(model, "thalweg", 0, prefix_caching=False).bytes(prompt_tokens)
+        return rows / accelerator(self.prefill.cost.deployment.device).network
+
+    def cold_ttft(self, prompt_tokens: int) -> Estimate:
+        """From admission to the first token, with nothing cached."""
+        computed, moved = self.prefill.cold_ttft(prompt_tokens), self.transfer_seconds(prompt_tokens)
+        return Estimate(computed.seconds + moved, computed.low + moved, computed.high + moved, computed.origin)
+
+    def tpot(self, concurrency: int, prompt_tokens: int, output_tokens: int) -> Estimate:
+        """Seconds between tokens of so many requests on the decode engine."""
+        step = self.decode.decode_step(concurrency, prompt_tokens + output_tokens // 2)
+        return step * (1 / self.decode.tokens_per_step())
+
+    def prefill_engines(self, concurrency: int, prompt_tokens: int, output_tokens: int) -> float:
+        """Prefill engines that keep one decode engine busy."""
+        each = self.prefill.cold_ttft(prompt_tokens).seconds / self.prefill.cost.deployment.layout.dp
+        return concurrency * each / (output_tokens * self.tpot(concurrency, prompt_tokens, output_tokens).seconds)

@@ -136,6 +136,8 @@ def read_case(row: Row) -> Case:
     for word, reason in _NOT_MODELLED.items():
         if word in text:
             raise ConfigError(reason, param="config")
+    if re.search(r"\b(hits?|reuse|warm|cached)\b", f"{text} {row['note']}".lower()):
+        raise ConfigError("part of the prompts is reused, how much is said in words only", param="note")
     framework = row["engine"].split()[0].lower() if row["engine"] else ""
     if framework not in FRAMEWORKS:
         raise ConfigError(f"engine {row['engine']!r} has no rows", param="engine")

@@ -94,8 +94,7 @@ class ModelStepCost:
     def estimate(self, work: StepWork) -> Estimate:
         """The step's time with its interval and origin."""
         whole = total(self.parts(work).values())
-        shared = self._shared(work)
-        return Estimate(whole.seconds - shared, whole.low - shared, whole.high - shared, whole.origin)
+        return whole * (1 - self._shared(work) / whole.seconds) if whole.seconds else whole
 
     def parts(self, work: StepWork) -> dict[str, Estimate]:
         """A step by part: attention by layer kind, the other ops by name, drafts. Their sum counts launches that parts

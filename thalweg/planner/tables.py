@@ -33,6 +33,7 @@ class KernelRow:
 
     system: str
     framework: str
+    version: str
     kind: str
     model: str
     tp: int
@@ -88,6 +89,7 @@ def _kernel_row(row: Row) -> KernelRow:
     return KernelRow(
         device_name(row["system"]),
         row["framework"],
+        row["version"],
         row["kind"],
         row["model"],
         int(row["tp"]),
