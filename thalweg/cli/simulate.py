@@ -36,7 +36,12 @@ def simulate(
     ] = "tp1",
     framework: Annotated[str, typer.Option(help="Whose kernels: sglang, vllm or trtllm.")] = "sglang",
     quant: Annotated[str, typer.Option(help="Of experts: mxfp4, nvfp4, fp8, bf16.")] = "mxfp4",
-    cost: Annotated[Path | None, typer.Option(help="A fitted linear cost (JSON), in place of hardware.")] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of hardware: coefficients (.json), measured steps (.csv), or `engine`: our own on a CPU."
+        ),
+    ] = None,
     replicas: Annotated[int, typer.Option(help="Engines of that layout.")] = 1,
     routing: Annotated[str, typer.Option(help="round-robin, least-loaded, sticky or prefix.")] = "sticky",
     pool_memory: Annotated[
@@ -89,7 +94,8 @@ def _run(scenario: Scenario) -> tuple[SimulationResult, float]:
     from thalweg.cli.progress import bar
     from thalweg.planner.scenario import sessions_of, simulation_of
 
-    simulation, sessions = simulation_of(scenario), sessions_of(scenario)
+    sessions = sessions_of(scenario)
+    simulation = simulation_of(scenario)
     total = scenario.requests if scenario.workload else None
     began = time.perf_counter()
     with bar() as progress:

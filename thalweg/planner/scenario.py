@@ -11,6 +11,7 @@ from thalweg.config.accelerators import accelerator
 from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import load_model_config
 from thalweg.errors import ConfigError
+from thalweg.planner.accuracy_steps import step_rows
 from thalweg.planner.cost import StepCost
 from thalweg.planner.layout import Deployment, ParallelLayout, Speculation
 from thalweg.planner.linear_cost import LinearCost
@@ -21,12 +22,14 @@ from thalweg.planner.simulator import Simulation
 from thalweg.planner.spec import ReplicaOptions, replica_spec
 from thalweg.planner.speculation import Acceptance
 from thalweg.planner.step_cost import ModelStepCost
+from thalweg.planner.tables import read_file, read_rows
 from thalweg.planner.trace import Session, read_trace
 from thalweg.planner.workload import workload_sessions
 
 HOST_RATE = 25e9  # bytes per second, where no hardware says what its link to the host does
 DISK_READ_RATE, DISK_WRITE_RATE = 6e9, 3e9  # of one good NVMe drive
 DISK_LATENCY = 1e-4
+STEP_COLUMNS = ("chunks", "decodes", "decode_tokens", "decode_context", "longest_context", "sampled", "seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Scenario:
     layout: str = "tp1"
     framework: str = "sglang"
     quant: str = "mxfp4"
-    cost: Path | None = None
+    cost: str | None = None
     replicas: int = 1
     routing: str = Routing.STICKY
     pool_memory: int | None = None
@@ -118,6 +121,19 @@ def simulation_of(scenario: Scenario) -> Simulation:
     return Simulation(replica_spec(options, config), cost, replicas=ranks, routing=routing)
 
 
+def load_cost(source: str) -> LinearCost:
+    """From a file of coefficients (.json) or of measured steps (.csv), or `engine`: our CPU engine's own steps with the
+    embedded model, one thread. Raises ConfigError."""
+    if source == "engine":
+        return LinearCost.fitted(step_rows(read_rows("engine_steps.csv")))
+    if not source.endswith(".csv"):
+        return LinearCost.load(source)
+    try:
+        return LinearCost.fitted(step_rows(read_file(Path(source), STEP_COLUMNS)))
+    except ValueError as error:
+        raise ConfigError(f"cost: {source}: {error}", param="cost") from error
+
+
 def _hardware(
     scenario: Scenario, config: ModelConfig, layout: ParallelLayout, speculation: Speculation | None
 ) -> tuple[StepCost, int, float]:
@@ -127,7 +143,7 @@ def _hardware(
     if scenario.cost is not None:
         if scenario.pool_memory is None:
             raise ConfigError("pool_memory: needed with --cost, which does not say how much there is")
-        return LinearCost.load(scenario.cost), scenario.pool_memory, HOST_RATE
+        return load_cost(scenario.cost), scenario.pool_memory, HOST_RATE
     assert scenario.hardware is not None, "checked above"
     device = accelerator(scenario.hardware)
     deployment = Deployment(

@@ -46,13 +46,16 @@ def replica_spec(options: ReplicaOptions, config: ModelConfig) -> ReplicaSpec:
     groups = cache_groups(config)
     policy = policy_of(config, options.window_policy, options.checkpoint_interval)
     layout = CacheLayout(RowFormat(options.kv_cache_dtype), RowFormat(options.index_cache_dtype), config.rope_dim)
-    plan = plan_cache(
-        groups,
-        layout,
-        budget_bytes=options.pool_memory,
-        max_running=options.max_num_seqs,
-        spacing_units=policy.spacing_units if options.enable_prefix_caching else 0,
-    )
+    try:
+        plan = plan_cache(
+            groups,
+            layout,
+            budget_bytes=options.pool_memory,
+            max_running=options.max_num_seqs,
+            spacing_units=policy.spacing_units if options.enable_prefix_caching else 0,
+        )
+    except ConfigError as error:  # under the name that it has here
+        raise ConfigError(error.message.replace("kv_cache_memory", "pool_memory"), param="pool_memory") from error
     longest = min(options.max_model_len or config.max_position_embeddings, plan.token_capacity)
     limits = EngineLimits(
         longest, plan.token_capacity, config.vocab_size, options.max_waiting, (), options.max_queue_seconds
