@@ -73,7 +73,7 @@ class Verdict:
     busy: float
     preemptions: int
     evicted: int
-    task_gpu_seconds: float
+    task_gpu_seconds: float  # at the load's rate, idle time included, or at the most that is computed
     task_dollars: float | None
     origins: Mapping[Origin, float]
     missed: tuple[str, ...]
@@ -198,12 +198,13 @@ def evaluate(platform: Platform, demand: Demand, question: Question, candidate: 
     spec, room = rank_spec(platform, candidate, question.seed)
     cost = platform.cost(candidate.layout, candidate.chunk_tokens, candidate.speculation)
     result = simulate(platform, demand, candidate, seed=question.seed)
-    ttft, tpot, attained = figures(result, question.objectives)
+    ttft, tpot, attained = figures(result, question.objectives, platform.request_seconds)
     works = typical_steps(demand, candidate)
     low, high = _ends(cost, works)
     summary = result.summary()
     tasks = {name.split("/")[0] for name in result.requests.words("request")}
-    gpu_seconds = candidate.gpus * result.makespan / max(1, len(tasks))
+    computing = sum(figures.busy_seconds for figures in result.replicas) / candidate.ranks / max(1, len(tasks))
+    gpu_seconds = candidate.gpus * max(1 / demand.session_rate, computing)
     need = session_need(platform.model, "thalweg", 0, spec.layout).bytes(demand.typical_tokens)
     return Verdict(
         candidate=candidate,
@@ -228,14 +229,16 @@ def evaluate(platform: Platform, demand: Demand, question: Question, candidate: 
     )
 
 
-def figures(result: SimulationResult, objectives: Objectives) -> tuple[float, float, float]:
+def figures(
+    result: SimulationResult, objectives: Objectives, request_seconds: float = 0.0
+) -> tuple[float, float, float]:
     """First-token time and time per token at the percentile, and the share of requests within both limits. A request
     that did not end took for ever."""
     rows = result.requests
     done = np.array([word == "length" for word in rows.words("finish")], bool)
     first, arrived, ended = (rows.seconds(n) for n in ("first_token", "arrived", "finished"))
     outputs = rows.counts("output_tokens")
-    ttft = np.where(done, first - arrived, np.inf)
+    ttft = np.where(done, first - arrived + request_seconds, np.inf)
     tpot = np.where(done, (ended - first) / np.maximum(1, outputs - 1), np.inf)
     place = objectives.percentile / 100
     within = np.ones(len(rows), bool)
@@ -274,7 +277,7 @@ def _with_span(platform: Platform, demand: Demand, question: Question, verdict: 
     ends = []
     for factor in _ends(cost, typical_steps(demand, verdict.candidate)):
         result = simulate(platform, demand, verdict.candidate, factor, question.seed)
-        ends.append(figures(result, question.objectives)[:2])
+        ends.append(figures(result, question.objectives, platform.request_seconds)[:2])
     (ttft_low, tpot_low), (ttft_high, tpot_high) = ends
     return replace(
         verdict,

@@ -11,7 +11,7 @@ import numpy as np
 
 from thalweg.errors import ConfigError
 from thalweg.planner.trace import Session, Turn, read_trace
-from thalweg.planner.workload import workload_sessions
+from thalweg.planner.workload import copies, own_rate, workload_sessions
 
 OWN_PROFILE = {
     "long-context-agents": "long-agents",
@@ -26,7 +26,7 @@ _SHORT, _LONG_ANSWER, _WIDE = 8_192, 2_000, 20.0  # tokens of a median prompt an
 @dataclass(frozen=True, slots=True)
 class Demand:
     """Sessions, and sums over their turns. Tokens are means of a request; `reused_tokens` is what an endless cache
-    would have of a prompt, `first_reused` the share of it in first turns. `rate` is requests per second."""
+    would have of a prompt. `rate` is requests, `session_rate` sessions per second; `profile` is the nearest shipped one."""
 
     name: str
     sessions: tuple[Session, ...]
@@ -37,6 +37,7 @@ class Demand:
     longest_tokens: int
     typical_tokens: int
     rate: float
+    session_rate: float
     profile: str
 
     @property
@@ -62,7 +63,8 @@ def demand_of(
             raise ConfigError("rate: a trace has its own times; --rate is for workloads", param="rate")
         return summed(trace.name, _first(read_trace(trace), requests))
     assert workload is not None, "checked above"
-    return summed(workload, tuple(workload_sessions(workload, requests, seed, rate)))
+    sessions = tuple(workload_sessions(workload, requests, seed, rate))
+    return summed(workload, sessions, (rate or own_rate(workload)) * copies(workload))
 
 
 def _first(sessions: Iterable[Session], requests: int) -> tuple[Session, ...]:
@@ -76,19 +78,21 @@ def _first(sessions: Iterable[Session], requests: int) -> tuple[Session, ...]:
     return tuple(found)
 
 
-def summed(name: str, sessions: Sequence[Session]) -> Demand:
-    """The sums. Raises ConfigError for a trace without requests."""
+def summed(name: str, sessions: Sequence[Session], session_rate: float | None = None) -> Demand:
+    """The sums; without a rate, that of the sessions' starts. Raises ConfigError for a trace without requests."""
     turns = [turn for session in sessions for turn in session.turns]
     if not turns:
         raise ConfigError("trace: it has no requests", param="trace")
     prompts = np.array([turn.prompt_tokens for turn in turns])
     outputs = np.array([turn.output_tokens for turn in turns])
     reused, first_share = _reuse(sessions)
-    span = max(sessions[-1].start - sessions[0].start, 1e-3)
+    if session_rate is None:
+        session_rate = len(sessions) / max(sessions[-1].start - sessions[0].start, 1e-3)
     own = OWN_PROFILE.get(name) or _profile(prompts, outputs, reused / max(1, int(prompts.sum())), first_share)
     return Demand(
         name, tuple(sessions), len(turns), float(prompts.mean()), reused / len(turns), float(outputs.mean()),
-        int((prompts + outputs).max()), int(np.median(prompts + outputs)), len(turns) / span, own,
+        int((prompts + outputs).max()), int(np.median(prompts + outputs)),
+        session_rate * len(turns) / len(sessions), session_rate, own,
     )  # fmt: skip
 
 

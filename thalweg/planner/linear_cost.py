@@ -58,7 +58,7 @@ class LinearCost:
         """Through measured steps and their seconds. Raises ConfigError where they are too few."""
         if len(measured) < 5:
             raise ConfigError(f"cost: {len(measured)} measured steps; at least 5 are needed", param="cost")
-        rows = np.array([_terms(work) for work, _ in measured])
+        rows = np.array([step_terms(work) for work, _ in measured])
         times = np.array([seconds for _, seconds in measured])
         scaled = rows / times[:, None]
         norms = np.linalg.norm(scaled, axis=0)
@@ -96,7 +96,8 @@ class LinearCost:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def _terms(work: StepWork) -> tuple[float, ...]:
+def step_terms(work: StepWork) -> tuple[float, ...]:
+    """What the coefficients are of, in the order of the fields."""
     return (
         1.0,
         sum(new for new, _ in work.chunks),

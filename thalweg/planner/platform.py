@@ -11,6 +11,7 @@ from typing import Protocol
 from thalweg.config.accelerators import accelerator
 from thalweg.config.model import ModelConfig
 from thalweg.errors import ConfigError
+from thalweg.planner.accuracy import Score
 from thalweg.planner.cost import Origin, StepCost, StepWork
 from thalweg.planner.layout import Deployment, ParallelLayout, Speculation
 from thalweg.planner.memory_model import GIB, plan_memory
@@ -30,13 +31,15 @@ class Room:
 
 
 class Platform(Protocol):
-    """See the module. `gpus` is what an engine may be spread over; `formats` are those of rows and index keys."""
+    """See the module. `gpus` is what an engine may be spread over; `formats` are those of rows and index keys;
+    `request_seconds` is what a first token takes outside of steps."""
 
     name: str
     gpus: int
     model: ModelConfig
     link: float
     formats: tuple[str, str]
+    request_seconds: float
 
     def layouts(self) -> list[ParallelLayout]:
         """All that its GPUs can be one engine of."""
@@ -57,6 +60,7 @@ class Accelerators:
     """GPUs of one kind."""
 
     formats = ("fp8", "fp8")
+    request_seconds = 0.0
 
     def __init__(
         self, model: ModelConfig, name: str, gpus: int, framework: str = "sglang", quant: str = "mxfp4"
@@ -118,12 +122,22 @@ class MeasuredEndpoint:
     """An endpoint as its own timings describe it: one replica of it, or several."""
 
     def __init__(
-        self, model: ModelConfig, name: str, cost: StepCost, pool_bytes: int, formats: tuple[str, str], gpus: int = 1
+        self,
+        model: ModelConfig,
+        name: str,
+        cost: StepCost,
+        pool_bytes: int,
+        formats: tuple[str, str],
+        gpus: int = 1,
+        *,
+        request_seconds: float = 0.0,
+        scores: tuple[Score, ...] = (),
     ) -> None:
         if pool_bytes < 1:
             raise ConfigError(f"pool_memory: {pool_bytes} is below 1", param="pool_memory")
         self.model, self.name, self.gpus, self.formats = model, name, gpus, formats
         self.link = HOST_RATE
+        self.request_seconds, self.scores = request_seconds, scores
         self._cost, self._pool = cost, pool_bytes
 
     def layouts(self) -> list[ParallelLayout]:

@@ -101,14 +101,27 @@ def workload_sessions(name: str, requests: int, seed: int, rate: float | None = 
     return _drawn(name, requests, np.random.default_rng(seed), rate)
 
 
+def own_rate(name: str) -> float:
+    """Of a shape: how often sessions start, per second, those that start together counted once."""
+    return sum(SHAPES[shape].rate * share for shape, share in _shares(name).items())
+
+
+def copies(name: str) -> float:
+    """How many sessions start together, on average."""
+    return sum(SHAPES[shape].copies * share for shape, share in _shares(name).items())
+
+
+def _shares(name: str) -> dict[str, float]:
+    return MIXED if name == "mixed" else {name: 1.0}
+
+
 def _drawn(name: str, requests: int, random: np.random.Generator, rate: float | None) -> Iterator[Session]:
-    shares = MIXED if name == "mixed" else {name: 1.0}
+    shares = _shares(name)
     texts = Texts()
     makers = [_Maker(SHAPES[shape], random, texts) for shape in shares]
-    own_rate = sum(SHAPES[shape].rate * share for shape, share in shares.items())
     now, number = 0.0, 0
     while requests > 0:
-        gaps = random.exponential(1 / (rate or own_rate), _DRAWN_AT_ONCE)
+        gaps = random.exponential(1 / (rate or own_rate(name)), _DRAWN_AT_ONCE)
         kinds = random.choice(len(makers), _DRAWN_AT_ONCE, p=list(shares.values()))
         for gap, kind in zip(gaps.tolist(), kinds.tolist(), strict=True):
             now += gap
