@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, profile, serve, simulate
+from thalweg.cli import (
+    cache,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    kernels,
+    new_model,
+    peers,
+    plan,
+    profile,
+    serve,
+    simulate,
+)
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from thalweg.planner.accuracy import Score
     from thalweg.planner.advice import Advice, Span, Verdict
     from thalweg.planner.platform import Platform
+    from thalweg.planner.serving_rows import Comparison
 
 COLUMNS = (
     "rank", "layout", "engines", "gpus", "chunk_tokens", "max_num_seqs", "window_policy", "checkpoint_interval",
@@ -70,13 +71,13 @@ def run(
         parse_bytes(disk_space, "disk_space"), Speculation(drafts, accepted) if drafts else None, simulated, seed,
     )  # fmt: skip
     advice = _advised(platform, demand, question)
-    scores = accuracy(platform)
+    scores, comparisons = accuracy(platform)
     if csv_file is not None:
         _written(csv_file, lambda path: _write_csv(path, advice))
     if html is not None:
         from thalweg.cli.plan_page import page
 
-        _written(html, lambda path: path.write_text(page(advice, scores), encoding="utf-8"))
+        _written(html, lambda path: path.write_text(page(advice, scores, comparisons), encoding="utf-8"))
     if out_config is not None and advice.best is not None:
         from thalweg.planner.recommendation import config_text
 
@@ -117,14 +118,17 @@ def _advised(platform: Platform, demand: Any, question: Any) -> Advice:
         return advise(platform, demand, question, say)
 
 
-def accuracy(platform: Platform) -> list[Score]:
-    """Measured errors of what a verdict rests on: the layers of `plan check`, or an endpoint's own held-out samples."""
+def accuracy(platform: Platform) -> tuple[list[Score], Sequence[Comparison]]:
+    """Measured errors of what a verdict rests on: the layers of `plan check`, or an endpoint's own held-out samples;
+    and published figures beside predictions."""
     from thalweg.planner.check import check
     from thalweg.planner.platform import MeasuredEndpoint
 
     if isinstance(platform, MeasuredEndpoint):
-        return list(platform.scores)
-    return [score for score in check().scores if ":" not in score.slice and score.layer != "step"]
+        return list(platform.scores), ()
+    report = check()
+    scores = [score for score in report.scores if ":" not in score.slice and score.layer != "step"]
+    return scores, report.comparisons
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> None:
@@ -191,6 +195,12 @@ def _print(advice: Advice, scores: Sequence[Score]) -> None:
     if advice.refused:
         print_table(
             ("does not serve this", "budget", "because"), [(r.what, r.budget, r.missing) for r in advice.refused]
+        )
+    if advice.split is not None:
+        split = advice.split
+        print(
+            f"prompts and decodes apart ({split.what}): first token {seconds_text(split.ttft.seconds)}, per token "
+            f"{seconds_text(split.tpot.seconds)}, by closed forms without queues; not simulated, not claimed"
         )
     if advice.best is not None:
         _print_best(advice, advice.best)

@@ -12,7 +12,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from thalweg.planner.candidates import MOST_BUSY, Candidate, Refusal, Sketch, proof, rank_spec, sketches, unfit
+from thalweg.planner.candidates import (
+    MOST_BUSY,
+    Candidate,
+    Refusal,
+    Sketch,
+    Split,
+    proof,
+    rank_spec,
+    sketches,
+    split_sketch,
+    unfit,
+)
 from thalweg.planner.cost import Estimate, Origin, StepCost, StepWork, total
 from thalweg.planner.demand import Demand
 from thalweg.planner.layout import Speculation
@@ -100,6 +111,7 @@ class Advice:
     verdicts: tuple[Verdict, ...]
     refused: tuple[Refusal, ...]
     layouts: tuple[Sketch, ...]
+    split: Split | None = None
 
     @property
     def best(self) -> Verdict | None:
@@ -145,7 +157,9 @@ def advise(
     if ranked:
         say("the interval of the best")
         ranked[0] = _with_span(platform, demand, question, ranked[0])
-    return Advice(platform, demand, question, tuple(ranked), tuple(refused), tuple(found))
+    return Advice(
+        platform, demand, question, tuple(ranked), tuple(refused), tuple(found), split_sketch(platform, demand, chunk)
+    )
 
 
 def _quiet(what: str) -> None:
@@ -184,7 +198,9 @@ def order(verdict: Verdict, question: Question) -> tuple[float, ...]:
     return missed, float(cost), verdict.ttft.value + verdict.tpot.value
 
 
-def simulate(platform: Platform, demand: Demand, candidate: Candidate, factor: float = 1.0, seed: int = 0) -> SimulationResult:
+def simulate(
+    platform: Platform, demand: Demand, candidate: Candidate, factor: float = 1.0, seed: int = 0
+) -> SimulationResult:
     """The demand through a configuration, all steps taking so many times their price."""
     spec, _ = rank_spec(platform, candidate, seed)
     cost: StepCost = platform.cost(candidate.layout, candidate.chunk_tokens, candidate.speculation)

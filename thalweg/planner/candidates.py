@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thalweg.errors import ConfigError
-from thalweg.planner.cost import StepCost, StepWork
+from thalweg.planner.cost import Estimate, StepCost, StepWork
 from thalweg.planner.demand import Demand
 from thalweg.planner.layout import ParallelLayout, Speculation
-from thalweg.planner.platform import Platform, Room, gib
+from thalweg.planner.platform import Accelerators, Platform, Room, gib
 from thalweg.planner.replica import ReplicaSpec
-from thalweg.planner.sim_tiers import TierSpec
 from thalweg.planner.scenario import DISK_LATENCY, DISK_READ_RATE, DISK_WRITE_RATE
+from thalweg.planner.serving import Serving, SplitServing
+from thalweg.planner.sim_tiers import TierSpec
 from thalweg.planner.spec import ReplicaOptions, replica_spec
 from thalweg.planner.speculation import Acceptance
 
@@ -83,8 +84,10 @@ class Sketch:
     busy: float
 
 
-def rank_spec(platform: Platform, candidate: Candidate, seed: int = 0) -> tuple[ReplicaSpec, Room]:
-    """One rank's pools, limits and tiers. Raises ConfigError naming the budget that fails."""
+def rank_spec(
+    platform: Platform, candidate: Candidate, seed: int = 0, pool_share: float = 1.0
+) -> tuple[ReplicaSpec, Room]:
+    """One rank's pools, or a share of them, limits and tiers. Raises ConfigError naming the budget that fails."""
     room = platform.room(candidate.layout, candidate.chunk_tokens, candidate.speculation)
     tiers = []
     if candidate.host_memory:
@@ -93,7 +96,7 @@ def rank_spec(platform: Platform, candidate: Candidate, seed: int = 0) -> tuple[
         tiers.append(TierSpec("disk", candidate.disk_space, DISK_READ_RATE, DISK_WRITE_RATE, DISK_LATENCY))
     kv, index = platform.formats
     options = ReplicaOptions(
-        pool_memory=room.pool,
+        pool_memory=int(room.pool * pool_share),
         max_num_seqs=candidate.max_num_seqs,
         max_num_batched_tokens=candidate.chunk_tokens,
         kv_cache_dtype=kv,
@@ -114,9 +117,7 @@ def proof(spec: ReplicaSpec, room: Room) -> dict[str, int]:
     return {"weights": room.weights, "workspace": room.workspace, **pools, "left over": left}
 
 
-def sketches(
-    platform: Platform, demand: Demand, first: Candidate
-) -> tuple[list[Sketch], list[Refusal]]:
+def sketches(platform: Platform, demand: Demand, first: Candidate) -> tuple[list[Sketch], list[Refusal]]:
     """Every layout with as few engines as carry the load, and with all; and what does not fit. `first` holds what is
     the same in all of them."""
     found: list[Sketch] = []
@@ -183,3 +184,33 @@ def sketch(cost: StepCost, candidate: Candidate, demand: Demand) -> Sketch:
         batch = max(1, min(_MOST_DECODES, round(rate * demand.output_tokens * step / yields)))
     busy = rate * (prompt + demand.output_tokens * step / yields / batch)
     return Sketch(candidate, prompt, step / yields, busy)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Prompts on some engines and decodes on others, by closed forms alone."""
+
+    what: str
+    ttft: Estimate
+    tpot: Estimate
+
+
+def split_sketch(platform: Platform, demand: Demand, chunk_tokens: int) -> Split | None:
+    """Half of the GPUs or fewer for prompts, as the load's work divides, in the smallest layout that holds the model;
+    None where there are not two such engines."""
+    if not isinstance(platform, Accelerators):
+        return None
+    layout = next((one for one in platform.layouts() if unfit(platform, Candidate(one), demand) is None), None)
+    if layout is None or 2 * layout.gpus > platform.gpus:
+        return None
+    engine = Serving(platform.cost(layout, chunk_tokens, None))
+    apart = SplitServing(engine, engine)
+    prompt, output = int(demand.prompt_tokens), max(1, int(demand.output_tokens))
+    computed = engine.warm_ttft(prompt, prompt - int(demand.new_tokens))
+    moved = apart.transfer_seconds(prompt)
+    engines = platform.gpus // layout.gpus
+    tpot = apart.tpot(4 * layout.dp, prompt, output)
+    share = computed.seconds / (computed.seconds + output * tpot.seconds / 4)
+    prefills = min(engines - 1, max(1, round(share * engines)))
+    ttft = Estimate(computed.seconds + moved, computed.low + moved, computed.high + moved, computed.origin)
+    return Split(f"{prefills} x {layout} and {engines - prefills} x {layout}", ttft, tpot)

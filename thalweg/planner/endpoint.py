@@ -63,9 +63,7 @@ def fitted_cost(profile: Profile) -> EndpointCost:
             param="profile",
         )
     prompts = [(_prompt(c), c.typical_seconds, 1.0) for c in profile.ttft_cells]
-    decodes = [
-        (StepWork.decode(c.batch, c.context_tokens), c.typical_seconds, 0.0) for c in profile.tpot_cells
-    ]
+    decodes = [(StepWork.decode(c.batch, c.context_tokens), c.typical_seconds, 0.0) for c in profile.tpot_cells]
     measured = [*prompts, *decodes]
     rows = np.array([(*step_terms(work), request) for work, _, request in measured])
     times = np.array([seconds for _, seconds, _ in measured])
@@ -75,7 +73,8 @@ def fitted_cost(profile: Profile) -> EndpointCost:
     found = nnls(scaled / norms, np.ones(len(times)))[0] / norms
     low, high = (float(q) for q in np.quantile(times / np.maximum(rows @ found, 1e-12), _LIKELY))
     step, token, token_context, decode, decode_context, request = (float(c) for c in found)
-    deepest = max(c.context_tokens for c in (*profile.ttft_cells, *profile.tpot_cells))
+    contexts = [c.context_tokens for c in profile.ttft_cells] + [c.context_tokens for c in profile.tpot_cells]
+    deepest = max(contexts)
     steps = LinearCost(
         step, token, token_context, decode, decode_context, min(low, 1.0), max(high, 1.0), deepest, deepest
     )
