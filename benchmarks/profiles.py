@@ -1,8 +1,9 @@
 """Five shapes of traffic under five endpoint profiles and the defaults: `python benchmarks/profiles.py OUT.jsonl`.
 
 The real scheduler and cache on a virtual clock, with the fitted step times of our CPU engine and the embedded model,
-and the pools that `serve` makes of it. Each shape comes at a rate that keeps the endpoint busy; where the
-measure is what a task costs or the throughput, at one that floods it. A refused request counts as one that never answers.
+and the pools that `serve` makes of it. Each shape comes at a rate that the endpoint can serve; where the
+measure is what a task costs or the throughput, at one that floods it. A refused
+request, and the turns that it would have led to, count as never answered.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.commit import commit_name
 from thalweg.cli.demo import machine_facts
@@ -32,7 +34,7 @@ POOL_BYTES = 256 * 2**20  # holds minutes of these loads, as the usual 4 GiB hol
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Traffic of one kind: sessions per second, requests that are simulated, what is measured, whether less is better."""
+    """Traffic of one kind: sessions per second, requests in all, what is measured, whether less is better."""
 
     workload: str
     profile: str
@@ -56,15 +58,17 @@ def figures(result: SimulationResult) -> dict[str, Any]:
     rows = result.requests
     done = np.array([word == "length" for word in rows.words("finish")], bool)
     arrived, first, ended = (rows.seconds(name) for name in ("arrived", "first_token", "finished"))
-    ttft = np.where(done, first - arrived, np.inf)
+    never = np.full(result.skipped_turns, np.inf)  # turns that were not asked, because one before them was refused
+    ttft = np.concatenate([np.where(done, first - arrived, np.inf), never])
     each = np.where(done, (ended - arrived) / np.maximum(1, rows.counts("output_tokens")), np.inf)
+    each = np.concatenate([each, never])
     names = [name.split("/")[0] for name in rows.words("request")]
     tasks = set(names)
     broken = {name for name, whole in zip(names, done, strict=True) if not whole}
     summary = result.summary()
     return {
-        "ttft_seconds_p90": float(np.quantile(ttft, 0.9, method="higher")),
-        "seconds_per_token_p90": float(np.quantile(each, 0.9, method="higher")),
+        "ttft_seconds_p90": _p90(ttft),
+        "seconds_per_token_p90": _p90(each),
         "engine_seconds_per_task": _busy(result) / max(1, len(tasks - broken)),
         "output_tokens_per_second": summary["output_tokens_per_second"],
         "hit_rate": summary["hit_rate"],
@@ -73,6 +77,17 @@ def figures(result: SimulationResult) -> dict[str, Any]:
         "refused": int((~done).sum()),
         "evicted": summary["evicted"],
     }
+
+
+def _p90(values: npt.NDArray[np.float64]) -> float | None:
+    """None: a tenth or more never came."""
+    found = float(np.quantile(values, 0.9, method="higher"))
+    return found if np.isfinite(found) else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _busy(result: SimulationResult) -> float:
@@ -103,11 +118,11 @@ def main() -> None:
             row = {
                 "commit": commit_name(), "shape": shape.workload, "profile": name, "own": name == shape.profile,
                 "measure": shape.measure, "less_is_better": shape.less,
-                "value": float(np.mean([run[shape.measure] for run in runs])), "rate": shape.rate,
+                "value": _mean([run[shape.measure] for run in runs]), "rate": shape.rate,
                 "requests": shape.requests, "flags": given.flags, "runs": runs,
                 "seconds": time.perf_counter() - began, **machine_facts(),
             }  # fmt: skip
-            print(f"{shape.workload:20} {name:14} {row['value']:10.4f} hit {runs[0]['hit_rate']:.3f} "
+            print(f"{shape.workload:20} {name:14} {row['value'] or float('inf'):10.4f} hit {runs[0]['hit_rate']:.3f} "
                   f"busy {runs[0]['busy_share']:.2f} preempt {runs[0]['preemptions']} refused {runs[0]['refused']} "
                   f"evicted {runs[0]['evicted']} {row['seconds']:.0f} s", flush=True)  # fmt: skip
             with given.out.open("a") as file:

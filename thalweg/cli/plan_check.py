@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from thalweg.errors import ConfigError
+
 if TYPE_CHECKING:
     from thalweg.planner.accuracy import Report, Score
     from thalweg.planner.serving_rows import Comparison
@@ -17,6 +19,10 @@ def check(
     rows: Annotated[
         Path | None, typer.Option(help="A CSV of your own, with the columns of the kernel or the serving table.")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="A profile.json: errors on its held-out samples and on its loads.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="What the endpoint of --profile serves.")] = "default",
     every: Annotated[bool, typer.Option("--all", help="Every slice, figure and finding, not the sums alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
@@ -26,11 +32,26 @@ def check(
     """
     from thalweg.planner.check import check as run_check
 
-    report = run_check(rows)
+    if rows is not None and profile is not None:
+        raise ConfigError("rows: give --rows or --profile, one of them", param="rows")
+    report = run_check(rows) if profile is None else _of_endpoint(profile, model)
     if as_json:
         print(json.dumps(report.plain(), indent=2))
     else:
         _print(report, every=every)
+
+
+def _of_endpoint(path: Path, model: str) -> Report:
+    """The profile's own predictions, and the planner's, which know no more than its cells."""
+    from thalweg.config.model_parse import load_model_config
+    from thalweg.planner.accuracy import Report
+    from thalweg.planner.endpoint import endpoint_scores
+    from thalweg.profiler.profile import Profile
+
+    scores = endpoint_scores(Profile.load(path), load_model_config(model))
+    if not scores:
+        raise ConfigError(f"profile: {path} has no held-out samples and no loads to compare with", param="profile")
+    return Report(tuple(scores))
 
 
 def _print(report: Report, *, every: bool) -> None:

@@ -86,9 +86,9 @@ def _ranked(advice: Advice) -> str:
                "limited by", "prices")  # fmt: skip
     rows = [(*table_row(i, v), v.bottleneck, origins_text(v)) for i, v in enumerate(advice.verdicts, 1)]
     note = (
-        '<p class="soft">Simulated by the engine\'s own scheduler and cache. Intervals of the first line are simulations '
-        "with all steps at either end of their intervals; those of the others are scaled. Per task: GPU time at the "
-        "load's rate, idle time included.</p>"
+        '<p class="soft">Simulated by the engine\'s own scheduler and cache. Intervals of the first line are '
+        "simulations with all steps at either end of their intervals; those of the others are scaled. Per task: GPU "
+        "time at the load's rate, idle time included.</p>"
     )
     return _table(columns, rows, keep=1) + note
 
@@ -100,8 +100,8 @@ def _refused(advice: Advice) -> str:
     if split is not None:
         apart = (
             f"<p>Prompts and decodes on separate engines ({escape(split.what)}): first token "
-            f"{seconds_text(split.ttft.seconds)}, per token {seconds_text(split.tpot.seconds)}, by closed forms without "
-            'queues. <span class="soft">Not simulated, no such engine was measured: not claimed.</span></p>'
+            f"{seconds_text(split.ttft.seconds)}, per token {seconds_text(split.tpot.seconds)}, by closed forms "
+            'without queues. <span class="soft">Not simulated, no such engine was measured: not claimed.</span></p>'
         )
     if not rows:
         return apart
@@ -121,14 +121,15 @@ def _pictures(advice: Advice, best: Verdict) -> list[str]:
     contexts = curves.contexts_up_to(platform.model.max_position_embeddings)
     cliff = curves.capacity_cliff(platform, chosen, question.host_memory, question.disk_space)
     knees = "; ".join(f"{name} " + _knee(load, cliff.capacity_tokens) for name, load in cliff.knee.items())
-    found = [
+    return [
         _figure("Time to the first token", charts.surface(contexts, curves.ttft_surface(platform, chosen),
-                curves.gaps(platform)), "One request alone on the recommended layout. A hit that ends anywhere computes "
-                "some cached tokens again to rebuild its window state: how many, on average, is above each panel. The "
-                "boundary policy has no such gap where prompts go on from an earlier end, and that of its interval "
-                "elsewhere."),
-        _figure("Where the cache is full", charts.cliff(cliff), f"Simulated: sessions of {charts.short(cliff.session_tokens)} tokens that take turns with pauses of "
-                "10 s on one rank, whose memories are all cut to what 16 of them take; turns after the first. Knee (the "
+                curves.gaps(platform)), "One request alone on the recommended layout. A hit that ends anywhere "
+                "computes some cached tokens again to rebuild its window state: how many, on average, is above each "
+                "panel. The boundary policy has no such gap where prompts go on from an earlier end, and that of its "
+                "interval elsewhere."),
+        _figure("Where the cache is full", charts.cliff(cliff), "Simulated: sessions of "
+                f"{charts.short(cliff.session_tokens)} tokens that take turns with pauses of 10 s on one rank, whose "
+                "memories are all cut to what 16 of them take; turns after the first. Knee (the "
                 f"hit rate falls by a tenth beyond it), in tokens of the whole rank: {knees}."),
         _figure("What a session's bytes are", charts.ledger(*curves.ledger(platform, chosen)), "Rows, live window and "
                 "compressor state, and its share of checkpoints, in the pools' blocks; dashed: the pages that vLLM "
@@ -139,11 +140,10 @@ def _pictures(advice: Advice, best: Verdict) -> list[str]:
         _figure("Rates of decoding", charts.pareto(curves.pareto(platform, chosen)), "Best layouts and batches that "
                 "memory holds, decodes alone. More than 16 decodes at once were measured nowhere: not claimed."),
         _figure("Which layout when", charts.crossover(*curves.crossover(platform, chosen, advice.demand.hit_rate)),
-                f"All GPUs; the layout that serves so many equal requests soonest, {advice.demand.hit_rate:.0%} of each "
-                "prompt cached, 500 tokens of output. Closed forms."),
+                f"All GPUs; the layout that serves so many equal requests soonest, {advice.demand.hit_rate:.0%} of "
+                "each prompt cached, 500 tokens of output. Closed forms."),
         _policies(advice, best),
     ]  # fmt: skip
-    return found
 
 
 def _knee(load: float | None, capacity_tokens: int) -> str:

@@ -186,8 +186,8 @@ def _print(advice: Advice, scores: Sequence[Score]) -> None:
 
     demand, question = advice.demand, advice.question
     print(
-        f"{demand.name} on {advice.platform.name}: {demand.requests:,} requests, {demand.prompt_tokens:,.0f} prompt and "
-        f"{demand.output_tokens:,.0f} output tokens on average, {demand.hit_rate:.0%} of prompts said before"
+        f"{demand.name} on {advice.platform.name}: {demand.requests:,} requests, {demand.prompt_tokens:,.0f} prompt "
+        f"and {demand.output_tokens:,.0f} output tokens on average, {demand.hit_rate:.0%} of prompts said before"
     )
     place = f"p{question.objectives.percentile:g}"
     columns = ("", "configuration", f"TTFT {place}", f"TPOT {place}", "met", "tokens/s", "hits", "sessions", "per task")

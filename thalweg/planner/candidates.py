@@ -1,8 +1,8 @@
 """Configurations worth a simulation: those that fit, put in order by closed forms, and why the others do not fit.
 
 The closed form of a load: a rank's busy share = its requests per second x (seconds of a prompt's new tokens + output
-tokens x seconds of a decode step / decodes in it), with as many decodes at once as come in during one answer. It knows
-no queue and takes the hits of an endless cache; it only decides what is simulated.
+tokens x seconds of a decode in a full batch). Over 1 no queue ever ends. It takes the hits of an endless cache; it only
+decides what is simulated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from thalweg.planner.speculation import Acceptance
 
 MOST_BUSY = 0.7  # of a rank, by closed form: beyond, queues grow
 RUNNING = 64  # requests of a rank at once, where its pools hold so many
-_MOST_DECODES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ def rank_spec(
 
 
 def proof(spec: ReplicaSpec, room: Room) -> dict[str, int]:
-    """Bytes of one rank by name, which add up to the usable memory: weights, workspace, each group's pool, left over."""
+    """Bytes of one rank by name, which add up to the usable memory: weights, workspace, groups' pools, left over."""
     pools = {s.group.value: spec.layout.block_bytes(s) * spec.pool_blocks[s.group] for s in spec.groups}
     left = room.usable - room.weights - room.workspace - sum(pools.values())
     return {"weights": room.weights, "workspace": room.workspace, **pools, "left over": left}
@@ -178,12 +177,14 @@ def sketch(cost: StepCost, candidate: Candidate, demand: Demand) -> Sketch:
     each = 1 + candidate.speculation.drafts if candidate.speculation else 1
     rate = demand.rate / candidate.ranks
     context = int(demand.prompt_tokens + demand.output_tokens / 2)
-    batch, step = 1, 0.0
+    full = cost.seconds(StepWork.decode(candidate.max_num_seqs, context, each)) / candidate.max_num_seqs
+    busy = rate * (prompt + demand.output_tokens * full / yields)
+    pace, batch = 0.0, 1
     for _ in range(6):
         step = cost.seconds(StepWork.decode(batch, context, each))
-        batch = max(1, min(_MOST_DECODES, round(rate * demand.output_tokens * step / yields)))
-    busy = rate * (prompt + demand.output_tokens * step / yields / batch)
-    return Sketch(candidate, prompt, step / yields, busy)
+        pace = step / yields / max(0.05, 1 - rate * prompt)  # prompts take their share of the time
+        batch = max(1, min(candidate.max_num_seqs, round(rate * demand.output_tokens * pace)))
+    return Sketch(candidate, prompt, pace, busy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def pareto(found: dict[int, list[tuple[float, float, str]]]) -> str:
 
     def draw(axes: list[Axes]) -> None:
         for i, (context, points) in enumerate(found.items()):
-            users, gpus, names = zip(*points, strict=True)
+            users, gpus, _ = zip(*points, strict=True)
             axes[0].plot(users, gpus, marker="o", markersize=4, color=COLOURS[i], label=f"{short(context)} of context")
             last = ""
             for user, gpu, name in points:

@@ -81,7 +81,8 @@ def ttft_surface(platform: Platform, chosen: Candidate) -> dict[str, Array]:
 @dataclass(frozen=True, slots=True)
 class Cliff:
     """Hit rate and p90 first-token time of later turns over the load, by tiers: tokens of all sessions as a multiple of
-    those that the device's pools hold. `knee`: the last load before the hit rate falls by a tenth; None: it does not."""
+    those that the device's pools hold. `knee`: the last load before the hit rate falls by a tenth, None if it never
+    does."""
 
     capacity_tokens: int  # of the whole rank
     session_tokens: int

@@ -26,7 +26,7 @@ _SHORT, _LONG_ANSWER, _WIDE = 8_192, 2_000, 20.0  # tokens of a median prompt an
 @dataclass(frozen=True, slots=True)
 class Demand:
     """Sessions, and sums over their turns. Tokens are means of a request; `reused_tokens` is what an endless cache
-    would have of a prompt. `rate` is requests, `session_rate` sessions per second; `profile` is the nearest shipped one."""
+    would have of a prompt. `rate` is requests, `session_rate` sessions per second; `profile` the nearest one."""
 
     name: str
     sessions: tuple[Session, ...]

@@ -8,7 +8,7 @@ beginning; times per token are steps of so many decodes. Loads are replayed by t
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from thalweg.planner.platform import MeasuredEndpoint
 from thalweg.planner.simulator import Simulation
 from thalweg.planner.spec import ReplicaOptions, replica_spec
 from thalweg.planner.trace import Session, Texts, Turn
-from thalweg.profiler.profile import Fill, Load, Profile, TpotCell, TtftCell
+from thalweg.profiler.profile import Load, Profile, TpotCell, TtftCell
+from thalweg.profiler.surface import Estimate as Reading
 
 FORMATS = ("float32", "float32")  # of our CPU engine's rows, where a profile does not say
 RUNNING, CHUNK_TOKENS = 16, 1024  # the defaults of `serve`; from outside they do not show
@@ -121,17 +122,22 @@ def pool_of(profile: Profile, model: ModelConfig) -> int:
 
 
 def endpoint_scores(profile: Profile, model: ModelConfig, pool_memory: int | None = None) -> list[Score]:
-    """Errors on what no fit saw: held-out cells and loads. Each load is a slice of its own beside the sums."""
+    """Errors on what no fit saw: held-out cells, by the profile's own surfaces and by the planner's fit, and loads. Each load is
+    a slice of its own beside the sums."""
     cost = fitted_cost(profile)
     held = profile.holdout
+    surface = [(o.what, Trial(o.where, o.measured, _ours(o.predicted))) for o in profile.outcomes()]
     ttft = [Trial(_where(c), c.typical_seconds, cost.ttft(c)) for c in held.ttft]
     tpot = [Trial(f"batch {c.batch}", c.typical_seconds, cost.tpot(c)) for c in held.tpot]
-    scores = [score("endpoint", "TTFT held out", ttft), score("endpoint", "TPOT held out", tpot)]
-    scores.append(score("endpoint", "capacity held out", list(_capacities(profile, held.fills))))
+    scores = [
+        score("profile", f"{what} held out", [trial for kind, trial in surface if kind == what])
+        for what in ("ttft", "tpot", "capacity")
+    ]
+    scores += [score("planner", "ttft held out", ttft), score("planner", "tpot held out", tpot)]
     loads = list(_load_trials(profile, model, cost, pool_memory)) if profile.loads else []
-    for quantity in ("TTFT", "TPOT", "requests/s"):
+    for quantity in ("ttft p50", "tpot p50", "requests/s"):
         found = [trial for name, trial in loads if name == quantity]
-        scores.append(score("load", f"{quantity} p50" if quantity != "requests/s" else quantity, found))
+        scores.append(score("load", quantity, found))
         scores += [score("load", f"{quantity}: {trial.what}", [trial]) for trial in found]
     return [s for s in scores if s]
 
@@ -140,13 +146,9 @@ def _where(cell: TtftCell) -> str:
     return f"{cell.context_tokens:,} tokens, {cell.reuse:.0%} reused"
 
 
-def _capacities(profile: Profile, fills: Sequence[Fill]) -> Iterator[Trial]:
-    for fill in fills:
-        held = profile.held_tokens(fill.prompt_tokens)
-        if held is not None and fill.evicted:
-            high = held.value if held.high is None else held.high
-            estimate = Estimate(held.value, held.low, high, Origin(held.tag.value))
-            yield Trial(f"prompts of {fill.prompt_tokens:,} tokens", fill.held_tokens, estimate)
+def _ours(found: Reading) -> Estimate:
+    high = found.value if found.high is None else found.high
+    return Estimate(found.value, found.low, high, Origin(found.tag.value))
 
 
 def _load_trials(
@@ -164,8 +166,8 @@ def _load_trials(
         paces = (ended - first) / np.maximum(1, rows.counts("output_tokens")[own] - 1)
         shares = (cost.steps.low, cost.steps.high)
         values = {
-            "TTFT": (np.median(load.ttft_seconds), np.median(first - arrived) + cost.request_seconds),
-            "TPOT": (np.median(load.tpot_seconds), np.median(paces)),
+            "ttft p50": (np.median(load.ttft_seconds), np.median(first - arrived) + cost.request_seconds),
+            "tpot p50": (np.median(load.tpot_seconds), np.median(paces)),
             "requests/s": (load.requests / load.seconds, own.sum() / (ended.max() - arrived.min())),
         }
         for quantity, (measured, predicted) in values.items():
