@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from thalweg.cli.plan_run import accuracy_lines, origins_text, seconds_text, table_row
+from thalweg.cli.plan_run import accuracy_lines, far_text, origins_text, seconds_text, table_row
 from thalweg.planner import charts, curves
 from thalweg.planner.platform import gib
 
@@ -83,12 +83,13 @@ def _verdict(advice: Advice, scores: Sequence[Score]) -> str:
 def _ranked(advice: Advice) -> str:
     place = f"p{advice.question.objectives.percentile:g}"
     columns = ("", "configuration", f"TTFT {place}", f"TPOT {place}", "met", "tokens/s", "hits", "sessions", "per task",
-               "limited by", "prices")  # fmt: skip
-    rows = [(*table_row(i, v), v.bottleneck, origins_text(v)) for i, v in enumerate(advice.verdicts, 1)]
+               "limited by", "far prices")  # fmt: skip
+    rows = [(*table_row(i, v), v.bottleneck, far_text(v)) for i, v in enumerate(advice.verdicts, 1)]
     note = (
         '<p class="soft">Simulated by the engine\'s own scheduler and cache. Intervals of the first line are '
         "simulations with all steps at either end of their intervals; those of the others are scaled. Per task: GPU "
-        "time at the load's rate, idle time included.</p>"
+        "time at the load's rate, idle time included. Far prices: the share of a step's time that is extrapolated or "
+        "taken from the hardware's limits.</p>"
     )
     return _table(columns, rows, keep=1) + note
 

@@ -190,8 +190,19 @@ def _print(advice: Advice, scores: Sequence[Score]) -> None:
         f"and {demand.output_tokens:,.0f} output tokens on average, {demand.hit_rate:.0%} of prompts said before"
     )
     place = f"p{question.objectives.percentile:g}"
-    columns = ("", "configuration", f"TTFT {place}", f"TPOT {place}", "met", "tokens/s", "hits", "sessions", "per task")
-    print_table(columns, [table_row(i, v) for i, v in enumerate(advice.verdicts, 1)])
+    columns = (
+        "",
+        "configuration",
+        f"TTFT {place}",
+        f"TPOT {place}",
+        "met",
+        "tokens/s",
+        "hits",
+        "sessions",
+        "per task",
+        "far prices",
+    )
+    print_table(columns, [(*table_row(i, v), far_text(v)) for i, v in enumerate(advice.verdicts, 1)])
     if advice.refused:
         print_table(
             ("does not serve this", "budget", "because"), [(r.what, r.budget, r.missing) for r in advice.refused]
@@ -234,6 +245,13 @@ def _print_best(advice: Advice, best: Verdict) -> None:
 def origins_text(verdict: Verdict) -> str:
     """How far prices are from measurements, by share of time."""
     return ", ".join(f"{share:.0%} {origin}" for origin, share in verdict.origins.items() if share > 0.0005)
+
+
+def far_text(verdict: Verdict) -> str:
+    """The share of a step's time whose price no measurement is near."""
+    from thalweg.planner.cost import Origin
+
+    return f"{verdict.origins[Origin.EXTRAPOLATED] + verdict.origins[Origin.BOUND]:.0%}"
 
 
 def accuracy_lines(scores: Sequence[Score]) -> list[str]:

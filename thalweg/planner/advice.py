@@ -20,6 +20,7 @@ from thalweg.planner.candidates import (
     Split,
     proof,
     rank_spec,
+    sketch,
     sketches,
     split_sketch,
     unfit,
@@ -81,10 +82,10 @@ class Verdict:
     hit_rate: float
     attained: float  # share of requests within both limits
     output_rate: float  # tokens per second, all GPUs
-    busy: float
+    busy: float  # the closed form, with the hits of the simulation
     preemptions: int
     evicted: int
-    task_gpu_seconds: float  # at the load's rate, idle time included, or at the most that is computed
+    task_gpu_seconds: float  # at the load's rate, idle time included
     task_dollars: float | None
     origins: Mapping[Origin, float]
     missed: tuple[str, ...]
@@ -98,7 +99,7 @@ class Verdict:
             return self.missed[0]
         if self.evicted:
             return "cache room: evictions"
-        return f"ranks busy {self.busy:.0%}"
+        return f"time: full batches would take {self.busy:.0%} of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +219,9 @@ def evaluate(platform: Platform, demand: Demand, question: Question, candidate: 
     works = typical_steps(demand, candidate)
     low, high = _ends(cost, works)
     summary = result.summary()
-    tasks = {name.split("/")[0] for name in result.requests.words("request")}
-    computing = sum(figures.busy_seconds for figures in result.replicas) / candidate.ranks / max(1, len(tasks))
-    gpu_seconds = candidate.gpus * max(1 / demand.session_rate, computing)
+    hits = summary["hit_rate"] or 0.0
+    busy = sketch(cost, candidate, replace(demand, reused_tokens=hits * demand.prompt_tokens)).busy
+    gpu_seconds = candidate.gpus / demand.session_rate * max(1.0, busy)
     need = session_need(platform.model, "thalweg", 0, spec.layout).bytes(demand.typical_tokens)
     return Verdict(
         candidate=candidate,
@@ -230,10 +231,10 @@ def evaluate(platform: Platform, demand: Demand, question: Question, candidate: 
         sessions=candidate.ranks * int(room.pool // need),
         ttft=Span(ttft, ttft * low, ttft * high),
         tpot=Span(tpot, tpot * low, tpot * high),
-        hit_rate=summary["hit_rate"] or 0.0,
+        hit_rate=hits,
         attained=attained,
         output_rate=summary["output_tokens_per_second"] or 0.0,
-        busy=float(np.mean([r["busy_share"] or 0.0 for r in summary["replicas"]])),
+        busy=busy,
         preemptions=summary["preemptions"],
         evicted=sum(summary["evicted"].values()),
         task_gpu_seconds=gpu_seconds,

@@ -154,7 +154,7 @@ def steps(found: dict[str, list[StepPart]]) -> str:
             for i, part in enumerate(parts):
                 millis = part.seconds * 1e3
                 place.barh(i, millis, left=begin, color=COLOURS[0], height=0.62, label="predicted" if not i else None)
-                note = f"{millis:.2g} ms"
+                note = f"{millis:.0f} ms" if millis >= 10 else f"{millis:.2g} ms"
                 if part.limit is not None:
                     limit = part.limit * 1e3
                     label = "limit of the hardware" if not i else None
@@ -174,7 +174,7 @@ def steps(found: dict[str, list[StepPart]]) -> str:
             if parts[0].limit is not None:
                 place.legend(loc="lower left", fontsize=8.5)
 
-    return drawn(12, 3.9, len(found), draw)
+    return drawn(12, 4.0, len(found), draw)
 
 
 def pareto(found: dict[int, list[tuple[float, float, str]]]) -> str:
@@ -184,17 +184,14 @@ def pareto(found: dict[int, list[tuple[float, float, str]]]) -> str:
         for i, (context, points) in enumerate(found.items()):
             users, gpus, _ = zip(*points, strict=True)
             axes[0].plot(users, gpus, marker="o", markersize=4, color=COLOURS[i], label=f"{short(context)} of context")
-            last = ""
-            for user, gpu, name in points:
-                if name != last:
-                    axes[0].annotate(name, (user, gpu), (5, 4), textcoords="offset points", fontsize=8)
-                last = name
+            for (user, gpu, name), shift in ((points[0], (6, 5)), (points[-1], (6, -3))):
+                axes[0].annotate(name, (user, gpu), shift, textcoords="offset points", fontsize=8.5)
         axes[0].set_xlabel("tokens/s of a user")
         axes[0].set_ylabel("tokens/s of a GPU")
         axes[0].set_yscale("log")
         axes[0].legend(loc="best", fontsize=9)
 
-    return drawn(8.5, 4.2, 1, draw)
+    return drawn(11, 4.2, 1, draw)
 
 
 def crossover(contexts: Sequence[int], counts: Sequence[int], rows: Sequence[Sequence[str]]) -> str:
@@ -217,7 +214,7 @@ def crossover(contexts: Sequence[int], counts: Sequence[int], rows: Sequence[Seq
         axes[0].set_ylabel("requests at once")
         axes[0].grid(visible=False)
 
-    return drawn(10, 3.2, 1, draw)
+    return drawn(11, 3.2, 1, draw)
 
 
 def errors(points: Sequence[tuple[str, float, float, float, float]]) -> str:
@@ -233,4 +230,4 @@ def errors(points: Sequence[tuple[str, float, float, float, float]]) -> str:
         axes[0].set(xscale="log", yscale="log", xlabel="measured, s", ylabel="predicted, s", xlim=ends, ylim=ends)
         axes[0].legend(loc="upper left")
 
-    return drawn(5.6, 4.4, 1, draw)
+    return drawn(11, 4.4, 1, draw)

@@ -122,8 +122,8 @@ def pool_of(profile: Profile, model: ModelConfig) -> int:
 
 
 def endpoint_scores(profile: Profile, model: ModelConfig, pool_memory: int | None = None) -> list[Score]:
-    """Errors on what no fit saw: held-out cells, by the profile's own surfaces and by the planner's fit, and loads. Each load is
-    a slice of its own beside the sums."""
+    """Errors on what no fit saw: held-out cells, by the profile's own surfaces and by the planner's
+    fit, and loads. Each load is a slice of its own beside the sums."""
     cost = fitted_cost(profile)
     held = profile.holdout
     surface = [(o.what, Trial(o.where, o.measured, _ours(o.predicted))) for o in profile.outcomes()]
