@@ -29,6 +29,10 @@ from thalweg.planner.simulator import Simulation
 from thalweg.planner.workload import workload_sessions
 
 DEFAULTS = "defaults"
+SHOWN = (
+    "window_policy", "checkpoint_interval", "max_num_seqs", "max_num_batched_tokens", "kv_host_ratio", "max_waiting",
+    "max_queue_seconds",
+)  # fmt: skip
 POOL_BYTES = 256 * 2**20  # holds minutes of these loads, as the usual 4 GiB hold hours: what is evicted shows sooner
 
 
@@ -117,6 +121,7 @@ def main() -> None:
             runs = [measure(shape, options, seed) for seed in range(given.seeds)]
             row = {
                 "commit": commit_name(), "shape": shape.workload, "profile": name, "own": name == shape.profile,
+                "options": {name: getattr(options, name) for name in SHOWN},
                 "measure": shape.measure, "less_is_better": shape.less,
                 "value": _mean([run[shape.measure] for run in runs]), "rate": shape.rate,
                 "requests": shape.requests, "flags": given.flags, "runs": runs,

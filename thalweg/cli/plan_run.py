@@ -45,7 +45,9 @@ def run(
     tpot: Annotated[float | None, typer.Option(help="Objective: seconds per output token.")] = None,
     percentile: Annotated[float, typer.Option(help="Of requests, for both objectives.", min=1, max=99.9)] = 90.0,
     price: Annotated[float | None, typer.Option(help="Dollars per GPU hour.")] = None,
-    host_memory: Annotated[str, typer.Option(help="That a rank may take as its host tier; 0: none.")] = "64GiB",
+    host_memory: Annotated[
+        str | None, typer.Option(help="That a rank may take as its host tier; 64GiB, or what its pools take; 0: none.")
+    ] = None,
     disk_space: Annotated[str, typer.Option(help="That a rank may take as its disk tier; 0: none.")] = "0",
     pool_memory: Annotated[str | None, typer.Option(help="Of a measured endpoint, where it tells no capacity.")] = None,
     drafts: Annotated[int, typer.Option(help="Speculative tokens of a step, to be tried; 0: none.", min=0)] = 0,
@@ -67,11 +69,11 @@ def run(
     platform = _platform(model, hardware, gpus, framework, quant, pool_memory)
     demand = demand_of(trace=trace, workload=workload, requests=requests, seed=seed, rate=rate)
     question = Question(
-        Objectives(ttft, tpot, percentile), price, parse_bytes(host_memory, "host_memory"),
+        Objectives(ttft, tpot, percentile), price, _host(host_memory, platform),
         parse_bytes(disk_space, "disk_space"), Speculation(drafts, accepted) if drafts else None, simulated, seed,
     )  # fmt: skip
     advice = _advised(platform, demand, question)
-    scores, comparisons = accuracy(platform)
+    scores, comparisons = accuracy(platform) if advice.best else ([], ())
     if csv_file is not None:
         _written(csv_file, lambda path: _write_csv(path, advice))
     if html is not None:
@@ -89,6 +91,14 @@ def run(
         _print(advice, scores)
     if advice.best is None:
         raise typer.Exit(1)
+
+
+def _host(given: str | None, platform: Platform) -> int:
+    from thalweg.planner.platform import MeasuredEndpoint
+
+    if given is not None:
+        return parse_bytes(given, "host_memory")
+    return platform.pool_bytes if isinstance(platform, MeasuredEndpoint) else 64 * 2**30
 
 
 def _platform(

@@ -19,6 +19,7 @@ from thalweg.planner.candidates import Candidate, rank_spec
 from thalweg.planner.cost import StepCost, StepWork
 from thalweg.planner.fitting import Array
 from thalweg.planner.layout import ParallelLayout
+from thalweg.planner.linear_cost import LinearCost
 from thalweg.planner.memory_model import session_need
 from thalweg.planner.platform import Platform
 from thalweg.planner.simulator import Simulation
@@ -162,8 +163,9 @@ def step_parts(platform: Platform, chosen: Candidate) -> dict[str, list[StepPart
         f"{chosen.chunk_tokens:,} prompt tokens": StepWork.prefill(chosen.chunk_tokens, STEP_CONTEXT),
         "16 decodes": StepWork.decode(16, STEP_CONTEXT),
     }
-    if not isinstance(cost, ModelStepCost):
-        return {name: [StepPart("measured, whole step", cost.seconds(work), None)] for name, work in works.items()}
+    if isinstance(cost, LinearCost):
+        return {name: [StepPart(part, s, None) for part, s in cost.parts(work).items()] for name, work in works.items()}
+    assert isinstance(cost, ModelStepCost), "the other cost there is"
     limits = ModelStepCost(platform.model, cost.deployment, roofline_tables())
     found = {}
     for name, work in works.items():

@@ -46,6 +46,13 @@ class LinearCost:
             prompts += new * (self.new_token + self.new_token_context * (past + new / 2))
         return self.step + prompts + self.decode * work.decode_tokens + self.decode_context * work.decode_context
 
+    def parts(self, work: StepWork) -> dict[str, float]:
+        """The same by term, those that are not nothing."""
+        names = ("a step", "prompt tokens", "their context", "decodes", "their context, decoding")
+        each = (self.step, self.new_token, self.new_token_context, self.decode, self.decode_context)
+        terms = zip(names, each, step_terms(work), strict=True)
+        return {name: seconds for name, price, amount in terms if (seconds := price * amount) > 0}
+
     def estimate(self, work: StepWork) -> Estimate:
         seconds = self.seconds(work)
         deepest = max([work.longest_context, *(new + past for new, past in work.chunks)])

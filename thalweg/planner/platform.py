@@ -138,7 +138,7 @@ class MeasuredEndpoint:
         self.model, self.name, self.gpus, self.formats = model, name, gpus, formats
         self.link = HOST_RATE
         self.request_seconds, self.scores = request_seconds, scores
-        self._cost, self._pool = cost, pool_bytes
+        self._cost, self.pool_bytes = cost, pool_bytes
 
     def layouts(self) -> list[ParallelLayout]:
         return [ParallelLayout()]
@@ -147,7 +147,7 @@ class MeasuredEndpoint:
         return (1024, 512, 4096)
 
     def room(self, layout: ParallelLayout, chunk_tokens: int, speculation: Speculation | None) -> Room:
-        return Room(self._pool, 0, 0, self._pool)
+        return Room(self.pool_bytes, 0, 0, self.pool_bytes)
 
     def cost(self, layout: ParallelLayout, chunk_tokens: int, speculation: Speculation | None) -> StepCost:
         if speculation is not None:
@@ -167,5 +167,5 @@ def origin_shares(cost: StepCost, works: Mapping[StepWork, float]) -> dict[Origi
 
 
 def gib(size: float) -> str:
-    """Bytes for a reader."""
-    return f"{size / GIB:,.1f} GiB"
+    """Bytes for a reader; small ones in MiB."""
+    return f"{size / GIB:,.1f} GiB" if size >= GIB / 8 else f"{size / 2**20:,.1f} MiB"
