@@ -1,5 +1,5 @@
 """Not yet in Triton: the reference's own."""
 
-from thalweg.kernels.reference.compressor import compress
+from thalweg.kernels.reference.compressor import compress, insert_entries
 
-__all__ = ["compress"]
+__all__ = ["compress", "insert_entries"]

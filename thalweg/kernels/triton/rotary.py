@@ -31,6 +31,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
+from thalweg.kernels.reference.rotary import norm_rotate, rotate_to
+
+
 def _three_axes(x: Tensor) -> Tensor | None:
     """x as [T, heads, d] in the same memory; None where its strides forbid that."""
     if x.dim() == 2:
