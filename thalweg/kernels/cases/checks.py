@@ -155,6 +155,10 @@ def _entries() -> Iterator[Case]:
             shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} rows"
             yield entries.insert_entries(shape, form, rounding, count, tokens, width, rope, overlap=overlap)
     for form, rounding in entries.INDEX_ROUNDINGS:
-        for count, tokens, width, rope, overlap in ((1, 4, 128, 64, True), (ROWS, 4, 16, 4, True), (7, 2, 64, 2, False)):
+        for count, tokens, width, rope, overlap in (
+            (1, 4, 128, 64, True),
+            (ROWS, 4, 16, 4, True),
+            (7, 2, 64, 2, False),
+        ):
             shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} keys"
             yield entries.insert_entries(shape, form, rounding, count, tokens, width, rope, overlap=overlap)

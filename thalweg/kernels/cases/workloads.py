@@ -132,9 +132,7 @@ def inserted(config: ModelConfig, step: str, count: int, tokens: int) -> Iterato
         groups.append(("keys", *entries.INDEX_ROUNDINGS[-1], config.index_head_dim))
     for name, form, rounding, width in groups:
         shape, rope = f"{step}, {tokens} tokens of {width}, {form.name} {name}", config.rope_dim
-        yield entries.insert_entries(
-            shape, form, rounding, count, tokens, width, rope, overlap=overlap, steady=False
-        )
+        yield entries.insert_entries(shape, form, rounding, count, tokens, width, rope, overlap=overlap, steady=False)
 
 
 def _steps() -> Iterator[tuple[str, tuple[Span, ...]]]:

@@ -20,9 +20,7 @@ def rotate(library: Library, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-def norm_rotate(
-    library: Library, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor
-) -> Tensor:
+def norm_rotate(library: Library, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(library, rms_norm(library, x, weight, eps), cos, sin)
 
 

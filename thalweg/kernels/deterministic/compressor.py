@@ -16,7 +16,5 @@ def compress(rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, pre
     return folded(weights * value) / folded(weights)
 
 
-def insert_entries(
-    windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget
-) -> None:
+def insert_entries(windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
     insert_pooled(compress(*tokens(windows)), weight, eps, cos, sin, target)

@@ -16,15 +16,11 @@ def compress(rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, pre
     return (torch.softmax(gate, 1) * value).sum(1)
 
 
-def insert_entries(
-    windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget
-) -> None:
+def insert_entries(windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
     insert_pooled(compress(*tokens(windows)), weight, eps, cos, sin, target)
 
 
-def insert_pooled(
-    pooled: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget
-) -> None:
+def insert_pooled(pooled: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
     """What follows pooling."""
     entries = norm_rotate(pooled.to(weight.dtype), weight, eps, cos, sin)
     match target.rounding:

@@ -17,7 +17,6 @@ from torch import Tensor
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import EntryTarget, Packing, RowRounding, TokenRows, Windows
 from thalweg.kernels.triton.formats import (
-    FP8_KV,
     PACKINGS,
     hadamard,
     put_rows,
@@ -25,17 +24,20 @@ from thalweg.kernels.triton.formats import (
     round_fp8_tile,
     round_kv_tile,
     row_stride,
+    served_index,
+    served_kv,
     tile_width,
 )
 from thalweg.kernels.triton.launch import Launch
 from thalweg.kernels.triton.norm import normed
 from thalweg.kernels.triton.rotary import turn_tile
 
-TILE = 4096  # values of a tile of tokens, and as many gates: 16 of each for each of eight warps' threads
+TILE, MOST_TOKENS = 4096, 16  # values of a tile of tokens, and as many gates: 16 of each for a thread of eight warps
 CHANNELS = 128  # of one program that only pools
+STAGES = 3  # tiles of tokens on their way: a program alone must keep its multiprocessor's loads going
 ROUNDINGS = {RowRounding.NONE: 0, RowRounding.KV: 1, RowRounding.INDEX: 2, RowRounding.INDEX_FP8: 3}
 _KV, _INDEX, _INDEX_FP8 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def compress(rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
@@ -43,7 +45,7 @@ def compress(rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, pre
     dim = rows.shape[1] // 2
     out = torch.empty((entries, dim), dtype=torch.float32, device=rows.device)
     if entries:
-        tile = {"TOKENS": _tokens(tokens, CHANNELS), "C": CHANNELS}
+        tile = _token_tile(tokens, CHANNELS) | {"C": CHANNELS}
         before = None if previous_rows is None else previous_rows.contiguous()
         _compress[(entries, triton.cdiv(dim, CHANNELS))](
             rows.contiguous(), own.contiguous(), before, None if previous is None else previous.contiguous(),
@@ -52,9 +54,7 @@ def compress(rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, pre
     return out
 
 
-def insert_entries(
-    windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget
-) -> None:
+def insert_entries(windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
     entries, tokens = windows.own.shape
     if not entries:
         return
@@ -87,28 +87,29 @@ def _insert_tile(target: EntryTarget, tokens: int, pairs: int) -> dict[str, Any]
         "ROUNDING": ROUNDINGS[target.rounding],
         "STEPS": width.bit_length() - 1,
         "FACTOR": width**-0.5,
-        "TOKENS": _tokens(tokens, wide),
         "W": wide,
         "SHIFT": shift,
-    }
+    } | _token_tile(tokens, wide)
 
 
-def _tokens(tokens: int, channels: int) -> int:
-    return max(1, min(triton.next_power_of_2(tokens), TILE // channels))
+def _token_tile(tokens: int, channels: int) -> dict[str, int]:
+    most = max(1, min(triton.next_power_of_2(tokens), TILE // channels, MOST_TOKENS))
+    return {"TOKENS": most, "STAGES": STAGES if tokens > most else 1}
 
 
 @triton.jit
 def _taken(cached, cached_stride, slots, count, new, new_stride, index, live, column, inside):
     """Some columns of the tokens `index` [TOKENS]: the first `count` are cached, the rest new."""
-    place = new + (index - count)[:, None] * new_stride + column[None, :]
-    if cached is None:
-        return tl.load(place, mask=live[:, None] & inside[None, :], other=0.0)
-    early = live & (index < count)
     late = live & (index >= count)
-    slot = tl.load(slots + index, mask=early, other=0)
-    old = cached + slot[:, None] * cached_stride + column[None, :]
-    kept = tl.load(old, mask=early[:, None] & inside[None, :], other=0.0)
-    return tl.where(early[:, None], kept, tl.load(place, mask=late[:, None] & inside[None, :], other=0.0))
+    place = new + (index - count)[:, None] * new_stride + column[None, :]
+    taken = tl.load(place, mask=late[:, None] & inside[None, :], other=0.0)
+    if cached is not None:
+        early = live & (index < count)
+        slot = tl.load(slots + index, mask=early, other=0)
+        old = cached + slot[:, None] * cached_stride + column[None, :]
+        kept = tl.load(old, mask=early[:, None] & inside[None, :], other=0.0)
+        taken = tl.where(early[:, None], kept, taken)
+    return taken
 
 
 @triton.jit
@@ -128,10 +129,11 @@ def _pool(
     total,
     weight,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Take `chosen` tokens (below 0: none) into a softmax over them: its highest gate, sums of weighted values and of
     weights, each [C]."""
-    for begin in range(0, tokens, TOKENS):
+    for begin in tl.range(0, tokens, TOKENS, num_stages=STAGES):
         token = begin + tl.arange(0, TOKENS)
         index = tl.load(chosen + token, mask=token < tokens, other=-1)
         live = index >= 0
@@ -147,19 +149,36 @@ def _pool(
 
 
 @triton.jit
-def _compress(rows, own, rows_before, previous, out, tokens, dim, TOKENS: tl.constexpr, C: tl.constexpr):
+def _compress(
+    rows, own, rows_before, previous, out, tokens, dim, TOKENS: tl.constexpr, STAGES: tl.constexpr, C: tl.constexpr
+):
     entry = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < dim
     top, none = tl.full([C], float("-inf"), tl.float32), tl.zeros([C], tl.float32)
     chosen = own + entry * tokens
     top, total, weight = _pool(
-        None, 0, None, 0, rows, 2 * dim, chosen, tokens, column, inside, dim, top, none, none, TOKENS
+        None, 0, None, 0, rows, 2 * dim, chosen, tokens, column, inside, dim, top, none, none, TOKENS, STAGES
     )
     if previous is not None:
         chosen = previous + entry * tokens
         top, total, weight = _pool(
-            None, 0, None, 0, rows_before, 2 * dim, chosen, tokens, column, inside, dim, top, total, weight, TOKENS
+            None,
+            0,
+            None,
+            0,
+            rows_before,
+            2 * dim,
+            chosen,
+            tokens,
+            column,
+            inside,
+            dim,
+            top,
+            total,
+            weight,
+            TOKENS,
+            STAGES,
         )
     tl.store(out + entry * dim + column, total / weight, mask=inside)
 
@@ -197,6 +216,7 @@ def _insert(
     STEPS: tl.constexpr,
     FACTOR: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     W: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
@@ -210,12 +230,12 @@ def _insert(
     top, none = tl.full([W], float("-inf"), tl.float32), tl.zeros([W], tl.float32)
     top, total, by = _pool(
         cached, cached_stride, cached_slots, count, new, new_stride, own + entry * tokens, tokens, column, inside, dim,
-        top, none, none, TOKENS,
+        top, none, none, TOKENS, STAGES,
     )  # fmt: skip
     if previous is not None:
         top, total, by = _pool(
             cached_before, cached_before_stride, cached_before_slots, count_before, new_before, new_before_stride,
-            previous + entry * tokens, tokens, column, inside, dim, top, total, by, TOKENS,
+            previous + entry * tokens, tokens, column, inside, dim, top, total, by, TOKENS, STAGES,
         )  # fmt: skip
     kind = weight.dtype.element_ty
     y = tl.where(inside, total / by, 0.0).to(kind).to(tl.float32)[None, :]
@@ -235,4 +255,32 @@ def _insert(
 
 
 def launches(config: ModelConfig) -> list[Launch]:
-    return []
+    pool = {"rows": "*fp32", "own": "*i64", "out": "*fp32", "tokens": "i32", "dim": "i32"}
+    made = []
+    for name, ratio, overlap in (("CSA", config.csa_ratio, True), ("HCA", config.hca_ratio, False)):
+        tile = _token_tile(ratio, CHANNELS) | {"C": CHANNELS}
+        before = {"rows_before": "*fp32", "previous": "*i64"} if overlap else {}
+        absent = {} if overlap else {"rows_before": None, "previous": None}
+        what = f"{name}, {ratio} tokens of {config.head_dim}"
+        made.append(Launch("compress", what, _compress, pool | before, absent | tile, OPTIONS, aligned=("dim",)))
+        made.append(_insert_launch(config, what, EntryTarget(served_kv(config), torch.empty(0), RowRounding.KV), ratio))
+    keys = EntryTarget(served_index(config), torch.empty(0), RowRounding.INDEX)
+    what = f"index keys, {config.csa_ratio} tokens of {config.index_head_dim}"
+    return [*made, _insert_launch(config, what, keys, config.csa_ratio)]
+
+
+def _insert_launch(config: ModelConfig, what: str, target: EntryTarget, ratio: int) -> Launch:
+    """Windows overlap in CSA layers alone."""
+    own = {"cached": "*fp32", "cached_stride": "i32", "cached_slots": "*i64", "count": "i32"}
+    own |= {"new": "*fp32", "new_stride": "i32", "own": "*i64"}
+    before = {"cached_before": "*fp32", "cached_before_stride": "i32", "cached_before_slots": "*i64"}
+    before |= {"count_before": "i32", "new_before": "*fp32", "new_before_stride": "i32", "previous": "*i64"}
+    absent: dict[str, Any] = {}
+    if ratio != config.csa_ratio:
+        absent = {name: None if kind.startswith("*") else 0 for name, kind in before.items()}
+    rest = {"weight": "*bf16", "cos": "*fp32", "sin": "*fp32", "data": "*u8", "slots": "*i64", "tokens": "i32"}
+    rest |= {"dim": "i32", "pairs": "i32", "eps": "fp32", "rope": "i32", "row_bytes": "i32"}
+    types = own | {name: kind for name, kind in before.items() if name not in absent} | rest
+    tile = _insert_tile(target, ratio, config.rope_dim // 2)
+    aligned = ("cached_stride", "new_stride", "cached_before_stride", "new_before_stride", "dim", "pairs", "rope")
+    return Launch("insert_entries", what, _insert, types, absent | tile, OPTIONS, aligned=aligned)

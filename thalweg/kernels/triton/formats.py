@@ -7,10 +7,13 @@ Division is the rounded one. Nothing here is a product plus a sum, so no contrac
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Packing, StoredRows
+from thalweg.kernels.reference import quantize
 
 PACKINGS = {Packing.PLAIN: 0, Packing.FP8_KV: 1, Packing.FP8_INDEX: 2, Packing.FP4_INDEX: 3}
 PLAIN, FP8_KV, FP8_INDEX, FP4_INDEX = (tl.constexpr(number) for number in PACKINGS.values())
@@ -33,6 +36,18 @@ def row_stride(stored: StoredRows) -> int:
 def tile_width(packing: Packing, width: int) -> int:
     """The least tile that holds a row, and whole blocks of it."""
     return max(triton.next_power_of_2(width), KV_BLOCK.value if packing is Packing.FP8_KV else 2)
+
+
+def served_kv(config: ModelConfig) -> StoredRows:
+    """The form, without any memory, of the KV rows with which a model is served."""
+    packed = quantize.pack_kv(torch.zeros(1, config.head_dim), config.rope_dim)
+    return StoredRows(packed.to("meta"), Packing.FP8_KV, config.head_dim, config.rope_dim)
+
+
+def served_index(config: ModelConfig) -> StoredRows:
+    """The same of the index keys."""
+    packed = quantize.pack_index_fp4(torch.zeros(1, config.index_head_dim))
+    return StoredRows(packed.to("meta"), Packing.FP4_INDEX, config.index_head_dim)
 
 
 @triton.jit
@@ -153,7 +168,16 @@ def round_fp8_tile(x):
 
 @triton.jit
 def put_rows(
-    data, slots, x, width, rope, row_bytes, STRIDE: tl.constexpr, PACKING: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+    data,
+    slots,
+    x,
+    width,
+    rope,
+    row_bytes,
+    STRIDE: tl.constexpr,
+    PACKING: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
 ):
     """Write rows x [R, W], fp32 where the format is packed, to `slots` int64 [R] of a pool; those below 0 nowhere.
 
@@ -197,9 +221,7 @@ def put_rows(
 
 
 @triton.jit
-def get_rows(
-    data, slots, width, rope, STRIDE: tl.constexpr, PACKING: tl.constexpr, R: tl.constexpr, W: tl.constexpr
-):
+def get_rows(data, slots, width, rope, STRIDE: tl.constexpr, PACKING: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """Rows fp32 [R, W] of the slots int64 [R] of a pool, zero in columns from `width` on and for slots below 0."""
     column = tl.arange(0, W)[None, :]
     live = (slots >= 0)[:, None]

@@ -19,13 +19,16 @@ from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Weight
 from thalweg.kernels.triton.launch import Launch
 
-CHUNK = 512  # columns of a partial sum: 32 programs for one row of Flash, 56 of Pro; partials are 6% of the streams' bytes
+CHUNK = (
+    512  # columns of a partial sum: 32 programs for one row of Flash, 56 of Pro; partials are 6% of the streams' bytes
+)
 STEP = 64  # columns of one product: 64 x 64 of streams and 32 x 64 of fn leave room for three stages
 ROWS = 64  # the least rows of a warp group's product: those that are not there cost a decode step nothing
 OUTPUTS = 32  # outputs of a product: (2 + N) N is 24 for four streams
 CHANNELS = 1024  # of one program of what follows: 8 for each thread, 16 bytes of bfloat16
-PRODUCT_OPTIONS = {"num_warps": 4, "num_stages": 3}
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+TAKEN = 32  # partial sums read at once: those of Flash in one go, those of Pro in two
+PRODUCT_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def mix_in(
@@ -39,7 +42,7 @@ def mix_in(
         streams = streams.contiguous()
         parts = _projected(streams, fn.data)
         _mix_in[(tokens, 1 + triton.cdiv(hidden, CHANNELS))](
-            streams, parts, base, scale, x, post, comb, tokens, n, hidden, norm_eps, eps, iterations,
+            streams, parts, base, scale, x, post, comb, tokens, hidden, norm_eps, eps, iterations,
             **_mix_tile(n, hidden), **OPTIONS,
         )  # fmt: skip
     return x, post, comb
@@ -51,7 +54,7 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     if tokens:
         _mix_out[(tokens, triton.cdiv(hidden, CHANNELS))](
             y.contiguous(), streams.contiguous(), post.contiguous(), comb.contiguous(), out, hidden,
-            N=n, NP=triton.next_power_of_2(n), CHANNELS=CHANNELS, **OPTIONS,
+            **_out_tile(n), **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -63,7 +66,7 @@ def mix_head(streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps:
         streams = streams.contiguous()
         parts = _projected(streams, fn.data)
         _mix_head[(tokens, triton.cdiv(hidden, CHANNELS))](
-            streams, parts, base, scale, x, tokens, n, hidden, norm_eps, eps, **_mix_tile(n, hidden), **OPTIONS
+            streams, parts, base, scale, x, tokens, hidden, norm_eps, eps, **_mix_tile(n, hidden), **OPTIONS
         )
     return x
 
@@ -83,7 +86,12 @@ _PRODUCT = {"ROWS": ROWS, "OUTPUTS": OUTPUTS, "CHUNK": CHUNK, "STEP": STEP}
 
 
 def _mix_tile(n: int, hidden: int) -> dict[str, int]:
-    return {"CHUNKS": triton.cdiv(n * hidden, CHUNK), "NP": triton.next_power_of_2(n), "CHANNELS": CHANNELS}
+    chunks, padded = triton.cdiv(n * hidden, CHUNK), triton.next_power_of_2(n)
+    return {"N": n, "NP": padded, "CHUNKS": chunks, "TAKEN": TAKEN, "CHANNELS": CHANNELS}
+
+
+def _out_tile(n: int) -> dict[str, int]:
+    return {"N": n, "NP": triton.next_power_of_2(n), "CHANNELS": CHANNELS}
 
 
 @triton.jit
@@ -143,20 +151,23 @@ def _project(
 
 
 @triton.jit
-def _summed(parts, token, tokens, outputs, place, mask, CHUNKS: tl.constexpr):
-    """Sums of output `place` of one token over the chunks, in their order."""
+def _summed(parts, token, tokens, outputs, place, mask, CHUNKS: tl.constexpr, TAKEN: tl.constexpr):
+    """Sums of the outputs `place` [P] of one token over the chunks: TAKEN of them at once, for one wait instead of
+    many, the groups in their order."""
     total = tl.zeros(place.shape, tl.float32)
-    for chunk in range(CHUNKS):
-        row = parts + (tl.cast(chunk, tl.int64) * tokens + token) * (outputs + 1)
-        total += tl.load(row + place, mask=mask, other=0.0)
+    for first in tl.static_range(0, CHUNKS, TAKEN):
+        chunk = first + tl.arange(0, TAKEN).to(tl.int64)
+        row = parts + (chunk * tokens + token) * (outputs + 1)
+        inside = (chunk < CHUNKS)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(row[:, None] + place[None, :], mask=inside, other=0.0), 0)
     return total
 
 
 @triton.jit
-def _scale_of(parts, token, tokens, width, outputs, eps, CHUNKS: tl.constexpr):
+def _scale_of(parts, token, tokens, width, outputs, eps, CHUNKS: tl.constexpr, TAKEN: tl.constexpr):
     """1 / rms of the flattened streams of one token, as [1]."""
     one = tl.arange(0, 1)
-    squares = _summed(parts, token, tokens, outputs, outputs + one, one == 0, CHUNKS)
+    squares = _summed(parts, token, tokens, outputs, outputs + one, one == 0, CHUNKS, TAKEN)
     return tl.rsqrt(squares / width + eps)
 
 
@@ -166,11 +177,13 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _collapse(streams, pre, x, token, n, hidden, stream, channel):
+def _collapse(streams, pre, x, token, hidden, channel, N: tl.constexpr, NP: tl.constexpr):
     """x = sum_j pre_j * streams_j over some channels of one token."""
-    inside = (stream < n)[:, None] & (channel < hidden)[None, :]
-    place = streams + (token * n + stream[:, None]) * hidden + channel[None, :]
-    mixed = tl.sum(pre[:, None] * tl.load(place, mask=inside, other=0.0).to(tl.float32), 0)
+    stream = tl.arange(0, NP)
+    mixed = tl.zeros(channel.shape, tl.float32)
+    for j in tl.static_range(N):
+        v = tl.load(streams + (token * N + j) * hidden + channel, mask=channel < hidden, other=0.0)
+        mixed += tl.sum(tl.where(stream == j, pre, 0.0)) * v.to(tl.float32)
     tl.store(x + token * hidden + channel, mixed.to(x.dtype.element_ty), mask=channel < hidden)
 
 
@@ -184,42 +197,43 @@ def _mix_in(
     post,
     comb,
     tokens,
-    n,
     hidden,
     norm_eps,
     eps,
     iterations,
-    CHUNKS: tl.constexpr,
+    N: tl.constexpr,
     NP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TAKEN: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """One token: the first program its post and comb, the others CHANNELS of its input each."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    outputs = (2 + n) * n
+    OUTPUTS: tl.constexpr = (2 + N) * N
     stream = tl.arange(0, NP)
-    inverse = _scale_of(parts, token, tokens, n * hidden, outputs, norm_eps, CHUNKS)
+    inverse = _scale_of(parts, token, tokens, N * hidden, OUTPUTS, norm_eps, CHUNKS, TAKEN)
     if part > 0:
-        z = _summed(parts, token, tokens, outputs, stream, stream < n, CHUNKS) * inverse
-        pre = _sigmoid(z * tl.load(scale) + tl.load(base + stream, mask=stream < n, other=0.0)) + eps
-        _collapse(streams, pre, x, token, n, hidden, stream, (part - 1) * CHANNELS + tl.arange(0, CHANNELS))
+        z = _summed(parts, token, tokens, OUTPUTS, stream, stream < N, CHUNKS, TAKEN) * inverse
+        pre = _sigmoid(z * tl.load(scale) + tl.load(base + stream, mask=stream < N, other=0.0)) + eps
+        _collapse(streams, pre, x, token, hidden, (part - 1) * CHANNELS + tl.arange(0, CHANNELS), N, NP)
     else:
-        z = _summed(parts, token, tokens, outputs, n + stream, stream < n, CHUNKS) * inverse
-        z = z * tl.load(scale + 1) + tl.load(base + n + stream, mask=stream < n, other=0.0)
-        tl.store(post + token * n + stream, 2 * _sigmoid(z), mask=stream < n)
-        row, column = stream[:, None], stream[None, :]
-        inside = (row < n) & (column < n)
-        cell = 2 * n + row * n + column
-        z = _summed(parts, token, tokens, outputs, cell, inside, CHUNKS) * inverse[:, None]
-        z = z * tl.load(scale + 2) + tl.load(base + cell, mask=inside, other=0.0)
-        mixed = _doubly_stochastic(z, row < n, column < n, eps, iterations)
-        tl.store(comb + token * n * n + row * n + column, mixed, mask=inside)
+        sent = _summed(parts, token, tokens, OUTPUTS, N + stream, stream < N, CHUNKS, TAKEN) * inverse
+        sent = sent * tl.load(scale + 1) + tl.load(base + N + stream, mask=stream < N, other=0.0)
+        tl.store(post + token * N + stream, 2 * _sigmoid(sent), mask=stream < N)
+        row, column = tl.arange(0, NP * NP) // NP, tl.arange(0, NP * NP) % NP
+        inside, cell = (row < N) & (column < N), row * N + column
+        logits = _summed(parts, token, tokens, OUTPUTS, 2 * N + cell, inside, CHUNKS, TAKEN) * inverse
+        logits = logits * tl.load(scale + 2) + tl.load(base + 2 * N + cell, mask=inside, other=0.0)
+        mixed = _doubly_stochastic(tl.reshape(logits, [NP, NP]), stream < N, eps, iterations)
+        place = comb + token * N * N + stream[:, None] * N + stream[None, :]
+        tl.store(place, mixed, mask=(stream < N)[:, None] & (stream < N)[None, :])
 
 
 @triton.jit
-def _doubly_stochastic(z, in_row, in_column, eps, iterations):
+def _doubly_stochastic(z, held, eps, iterations):
     """Softmax over rows [N, N], then Sinkhorn rounds that end on columns; zero where there is no stream."""
-    inside = in_row & in_column
-    z = tl.where(in_column, z, float("-inf"))
+    inside = held[:, None] & held[None, :]
+    z = tl.where(held[None, :], z, float("-inf"))
     z = tl.exp(z - tl.max(z, 1)[:, None])
     cells = tl.where(inside, z / tl.sum(z, 1)[:, None] + eps, 0.0)
     cells = cells / (tl.sum(cells, 0)[None, :] + eps)
@@ -237,27 +251,26 @@ def _mix_head(
     scale,
     x,
     tokens,
-    n,
     hidden,
     norm_eps,
     eps,
-    CHUNKS: tl.constexpr,
+    N: tl.constexpr,
     NP: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TAKEN: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """One token and CHANNELS of its result."""
     token = tl.program_id(0).to(tl.int64)
     stream = tl.arange(0, NP)
-    inverse = _scale_of(parts, token, tokens, n * hidden, n, norm_eps, CHUNKS)
-    z = _summed(parts, token, tokens, n, stream, stream < n, CHUNKS) * inverse
-    pre = _sigmoid(z * tl.load(scale) + tl.load(base + stream, mask=stream < n, other=0.0)) + eps
-    _collapse(streams, pre, x, token, n, hidden, stream, tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))
+    inverse = _scale_of(parts, token, tokens, N * hidden, N, norm_eps, CHUNKS, TAKEN)
+    z = _summed(parts, token, tokens, N, stream, stream < N, CHUNKS, TAKEN) * inverse
+    pre = _sigmoid(z * tl.load(scale) + tl.load(base + stream, mask=stream < N, other=0.0)) + eps
+    _collapse(streams, pre, x, token, hidden, tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), N, NP)
 
 
 @triton.jit
-def _mix_out(
-    y, streams, post, comb, out, hidden, N: tl.constexpr, NP: tl.constexpr, CHANNELS: tl.constexpr
-):
+def _mix_out(y, streams, post, comb, out, hidden, N: tl.constexpr, NP: tl.constexpr, CHANNELS: tl.constexpr):
     """One token: CHANNELS of all its streams."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -274,4 +287,17 @@ def _mix_out(
 
 
 def launches(config: ModelConfig) -> list[Launch]:
-    return []
+    n, hidden = config.hc_streams, config.hidden_size
+    shape = f"{n} streams of {hidden}"
+    product = {"streams": "*bf16", "fn": "*fp32", "parts": "*fp32", "tokens": "i32", "width": "i32", "outputs": "i32"}
+    mixed = {"streams": "*bf16", "parts": "*fp32", "base": "*fp32", "scale": "*fp32", "x": "*bf16"}
+    mixed |= {"tokens": "i32", "hidden": "i32", "norm_eps": "fp32", "eps": "fp32"}
+    given = {"y": "*bf16", "streams": "*bf16", "post": "*fp32", "comb": "*fp32", "out": "*bf16", "hidden": "i32"}
+    tile = _mix_tile(n, hidden)
+    to_in = mixed | {"post": "*fp32", "comb": "*fp32", "iterations": "i32"}
+    return [
+        Launch("mix_in", f"{shape}, product", _project, product, _PRODUCT, PRODUCT_OPTIONS, True, ("width",)),
+        Launch("mix_in", f"{shape}, Sinkhorn and sum", _mix_in, to_in, tile, OPTIONS, aligned=("hidden",)),
+        Launch("mix_out", shape, _mix_out, given, _out_tile(n), OPTIONS, aligned=("hidden",)),
+        Launch("mix_head", f"{shape}, sum", _mix_head, mixed, tile, OPTIONS, aligned=("hidden",)),
+    ]

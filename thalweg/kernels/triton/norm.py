@@ -27,7 +27,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def norm_tile(width: int, extra: int = 0) -> tuple[dict[str, int], dict[str, int]]:
     """Rows and columns of a tile, and the warps that share it. `extra`: columns besides the row's own."""
     wide = max(2, triton.next_power_of_2(width + extra))
-    return {"R": max(1, TILE // wide), "W": wide}, {"num_warps": 8 if wide >= WIDE else 4, "num_stages": 1}
+    options = {"num_warps": 8 if wide >= WIDE else 4, "num_stages": 1, "enable_fp_fusion": True}
+    return {"R": max(1, TILE // wide), "W": wide}, options
 
 
 @triton.jit
@@ -50,4 +51,9 @@ def _norm(x, weight, out, count, width, eps, R: tl.constexpr, W: tl.constexpr):
 
 
 def launches(config: ModelConfig) -> list[Launch]:
-    return []
+    made = []
+    for name, width in (("hidden", config.hidden_size), ("low-rank query", config.q_lora_rank)):
+        tile, options = norm_tile(width)
+        types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "count": "i32", "width": "i32", "eps": "fp32"}
+        made.append(Launch("rms_norm", f"{name} {width}", _norm, types, tile, options, aligned=("width",)))
+    return made

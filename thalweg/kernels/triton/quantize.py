@@ -15,7 +15,15 @@ from torch import Tensor
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Packing
 from thalweg.kernels.triton import formats
-from thalweg.kernels.triton.formats import FP8_INDEX, FP8_KV, PACKINGS, hadamard, round_fp4_tile, round_fp8_tile, round_kv_tile
+from thalweg.kernels.triton.formats import (
+    FP8_INDEX,
+    FP8_KV,
+    PACKINGS,
+    hadamard,
+    round_fp4_tile,
+    round_fp8_tile,
+    round_kv_tile,
+)
 from thalweg.kernels.triton.launch import Launch
 
 TILE = 2048  # elements: 16 for each thread
@@ -84,4 +92,13 @@ def _round(
 
 
 def launches(config: ModelConfig) -> list[Launch]:
-    return []
+    made = []
+    for op, what, packing, width, out in (
+        ("round_kv", "KV row", Packing.FP8_KV, config.head_dim, "*bf16"),
+        ("round_index", "index query", Packing.FP4_INDEX, config.index_head_dim, "*bf16"),
+        ("round_index_fp8", "index key", Packing.FP8_INDEX, config.index_head_dim, "*fp32"),
+    ):
+        types = {"rows": "*bf16", "out": out, "count": "i32", "width": "i32", "rope": "i32"}
+        tile = _tile(packing, width)
+        made.append(Launch(op, f"{what} of {width}", _round, types, tile, OPTIONS, aligned=("width", "rope")))
+    return made

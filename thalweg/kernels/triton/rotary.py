@@ -15,7 +15,7 @@ from thalweg.kernels.triton.launch import Launch
 from thalweg.kernels.triton.norm import norm_tile, normed
 
 TILE = 1024  # pairs: 8 for each thread
-OPTIONS = {"num_warps": 4, "num_stages": 1}
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -74,8 +74,10 @@ def _three_axes(x: Tensor) -> Tensor | None:
     for axis in range(1, x.dim() - 2):
         if x.stride(axis) != x.stride(axis + 1) * x.shape[axis + 1]:
             return None
-    return x if x.dim() == 3 or not x.numel() else x.as_strided(
-        (x.shape[0], x.shape[1:-1].numel(), x.shape[-1]), (x.stride(0), x.stride(-2), x.stride(-1))
+    return (
+        x
+        if x.dim() == 3 or not x.numel()
+        else x.as_strided((x.shape[0], x.shape[1:-1].numel(), x.shape[-1]), (x.stride(0), x.stride(-2), x.stride(-1)))
     )
 
 
@@ -91,9 +93,7 @@ def turned(a, b, c, s):
 
 
 @triton.jit
-def _rotate(
-    x, cos, sin, count, heads, pairs, token_stride, head_stride, stride, R: tl.constexpr, P: tl.constexpr
-):
+def _rotate(x, cos, sin, count, heads, pairs, token_stride, head_stride, stride, R: tl.constexpr, P: tl.constexpr):
     """x: the first of the rotated channels of the first row."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     token, head = row // heads, row % heads
@@ -155,4 +155,26 @@ def _turn_rows(
 
 
 def launches(config: ModelConfig) -> list[Launch]:
-    return []
+    pairs = config.rope_dim // 2
+    angles = {"cos": "*fp32", "sin": "*fp32"}
+    sizes = {"count": "i32", "heads": "i32", "pairs": "i32"}
+    strides = {"token_stride": "i32", "head_stride": "i32"}
+    aligned = ("count", "heads", "pairs", *strides)
+    made = [
+        Launch(
+            "rotate", f"{config.index_heads} index heads of {config.index_head_dim}", _rotate,
+            {"x": "*bf16"} | angles | sizes | strides, {"stride": 1} | _tile(pairs), OPTIONS, aligned=aligned,
+        )
+    ]  # fmt: skip
+    tile, options = turned_tile(config.head_dim, pairs)
+    heads = f"{config.num_attention_heads} heads of {config.head_dim}"
+    eps: dict[str, str] = {"eps": "fp32"}
+    for op, what, source, weight, norm in (
+        ("norm_rotate", heads, "*bf16", {}, eps),
+        ("norm_rotate", f"KV row of {config.head_dim}", "*bf16", {"weight": "*bf16"}, eps),
+        ("rotate_to", heads, "*fp32", {}, {}),
+    ):
+        types = {"x": source, "out": "*bf16"} | angles | sizes | {"width": "i32"} | weight | norm
+        absent = {name: None for name in ("weight", "eps") if name not in types}
+        made.append(Launch(op, what, _turn_rows, types, absent | tile, options, aligned=("width", "pairs", "heads")))
+    return made

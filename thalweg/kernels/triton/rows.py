@@ -26,10 +26,20 @@ def store_rows(stored: StoredRows, slots: Tensor, rows: Tensor) -> None:
         return
     if torch.float64 in (rows.dtype, data.dtype):  # checks alone: torch rounds them in one step
         rows = rows.to(data.dtype if stored.packing is Packing.PLAIN else torch.float32)
-    rows = rows.contiguous()
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
     tile = _tile(stored)
     _store[(triton.cdiv(count, tile["R"]),)](
-        data, slots.contiguous(), rows, count, stored.width, stored.rope_dim, data.shape[1], **tile, **OPTIONS
+        data,
+        slots.contiguous(),
+        rows,
+        rows.stride(0),
+        count,
+        stored.width,
+        stored.rope_dim,
+        data.shape[1],
+        **tile,
+        **OPTIONS,
     )
 
 
@@ -43,14 +53,6 @@ def read_rows(stored: StoredRows, slots: Tensor) -> Tensor:
     return out
 
 
-def launches(config: ModelConfig) -> list[Launch]:
-    kv = StoredRows(torch.empty((1, 584), dtype=torch.uint8), Packing.FP8_KV, config.head_dim, config.rope_dim)
-    made = []
-    for name, stored in (("fp8 KV", kv),):
-        made.append((name, stored))
-    return []
-
-
 def _tile(stored: StoredRows) -> dict[str, int]:
     wide = formats.tile_width(stored.packing, stored.width)
     packing = PACKINGS[stored.packing]
@@ -62,6 +64,7 @@ def _store(
     data,
     slots,
     rows,
+    row_stride,
     count,
     width,
     rope,
@@ -75,7 +78,7 @@ def _store(
     column = tl.arange(0, W)[None, :]
     own = tl.load(slots + row, mask=row < count, other=-1)
     inside = (own >= 0)[:, None] & (column < width)
-    x = tl.load(rows + row[:, None] * width + column, mask=inside, other=0.0)
+    x = tl.load(rows + row[:, None] * row_stride + column, mask=inside, other=0.0)
     if PACKING != PLAIN:
         x = x.to(tl.float32)
     put_rows(data, own, x, width, rope, row_bytes, STRIDE, PACKING, R, W)
@@ -99,3 +102,22 @@ def _read(
     own = tl.load(slots + row, mask=row < count, other=-1)
     x = get_rows(data, own, width, rope, STRIDE, PACKING, R, W)
     tl.store(out + row[:, None] * width + column, x, mask=(row < count)[:, None] & (column < width))
+
+
+def launches(config: ModelConfig) -> list[Launch]:
+    state = StoredRows(torch.empty((1, 2 * config.head_dim), device="meta"), Packing.PLAIN, 2 * config.head_dim)
+    made = []
+    for what, stored, source in (
+        ("FP8 KV rows", formats.served_kv(config), "*bf16"),
+        ("FP4 index keys", formats.served_index(config), "*bf16"),
+        ("compressor state", state, "*fp32"),
+    ):
+        pool = "*fp32" if stored is state else "*u8"
+        own = {"data": pool, "slots": "*i64", "count": "i32", "width": "i32", "rope": "i32"}
+        for op, kernel, more in (
+            ("store_rows", _store, {"rows": source, "row_stride": "i32", "row_bytes": "i32"}),
+            ("read_rows", _read, {"out": "*fp32"}),
+        ):
+            types, aligned = own | more, ("width", "rope", "row_stride")
+            made.append(Launch(op, f"{what} of {stored.width}", kernel, types, _tile(stored), OPTIONS, aligned=aligned))
+    return made
