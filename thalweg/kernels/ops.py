@@ -66,7 +66,8 @@ class NormRotate(Protocol):
 
 
 class RotateTo(Protocol):
-    """Rotate, then cast to `dtype`: what attention gives, turned back for the output projection. x is given up."""
+    """Rotate x fp32 [T, ..., d], then cast to `dtype`: what attention gives, turned back for the output projection.
+    x is given up."""
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor: ...
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from thalweg.kernels.cases import caches, entries, rows, stored
+from thalweg.kernels.cases import caches, rows, stored
 from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
+from thalweg.kernels.cases.entries import INDEX_ROUNDINGS, KV_ROUNDINGS, insert_entries
 
 LIMIT = 1.0  # of gated units: with inputs of deviation 4 it cuts many
 ROWS = 45  # more than a tile of any backend's smallest, and no multiple of one
@@ -146,19 +147,19 @@ def _stored() -> Iterator[Case]:
 
 
 def _entries() -> Iterator[Case]:
-    for form, rounding in entries.KV_ROUNDINGS:
+    for form, rounding in KV_ROUNDINGS:
         for count, tokens, width, rope, overlap in (
             (1, 4, 512, 64, True),
             (ROWS, 3, 41, 10, False),
             (5, 128, 72, 8, False),
         ):
             shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} rows"
-            yield entries.insert_entries(shape, form, rounding, count, tokens, width, rope, overlap=overlap)
-    for form, rounding in entries.INDEX_ROUNDINGS:
+            yield insert_entries(shape, (form, rounding), count, tokens, width, rope, overlap=overlap)
+    for form, rounding in INDEX_ROUNDINGS:
         for count, tokens, width, rope, overlap in (
             (1, 4, 128, 64, True),
             (ROWS, 4, 16, 4, True),
             (7, 2, 64, 2, False),
         ):
             shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} keys"
-            yield entries.insert_entries(shape, form, rounding, count, tokens, width, rope, overlap=overlap)
+            yield insert_entries(shape, (form, rounding), count, tokens, width, rope, overlap=overlap)

@@ -35,8 +35,7 @@ INDEX_ROUNDINGS = (  # rows of an FP8 index hold an fp32 scale, which float64 ha
 
 def insert_entries(
     shape: str,
-    form: Format,
-    rounding: RowRounding,
+    form: tuple[Format, RowRounding],
     entries: int,
     tokens: int,
     width: int,
@@ -45,20 +44,20 @@ def insert_entries(
     overlap: bool,
     steady: bool = True,
 ) -> Case:
-    """Every third token is a cached one; with overlap some entries have no window before. `steady`: no value near a
+    """`form`: in what format, and rounded to what. Every third token is a cached one; with overlap some entries have no window before. `steady`: no value near a
     tie, for which entries are computed again and again."""
 
     def inputs(source: Source) -> Bind:
         drawn = _Drawn(source, entries, tokens, width, rope, overlap)
         if steady:
-            drawn.settle(form, rounding)
-        return drawn.bind(form, rounding)
+            drawn.settle(*form)
+        return drawn.bind(*form)
 
     sizes = {"entries": entries, "tokens": tokens * (1 + overlap), "width": width, "rope": rope}
     return Case(
         "insert_entries",
         shape,
-        sizes | {"row_bytes": form.row_bytes(width, rope)},
+        sizes | {"row_bytes": form[0].row_bytes(width, rope)},
         entries,
         inputs,
         lambda stored: (_REFERENCE.read_rows(stored, torch.arange(len(stored.data))),),
@@ -94,13 +93,13 @@ class _Drawn:
             def bound(chosen: Tensor | None) -> Call:
                 entries = torch.arange(len(self._own)) if chosen is None else chosen
                 windows = self._windows(entries, dtype)
-                turn = (cast(Wide(x[entries]), dtype) for x in (self._cos, self._sin))
-                arguments = (windows, cast(Wide(self._weight), dtype), NORM_EPS, *turn)
+                cos, sin = (cast(Wide(x[entries]), dtype) for x in (self._cos, self._sin))
+                weight = cast(Wide(self._weight), dtype)
                 stored = _wide(form, dtype).empty(len(entries), self._width, self._rope)
                 target = EntryTarget(stored, torch.arange(len(entries)), rounding)
 
                 def call() -> StoredRows:
-                    kernels.insert_entries(*arguments, target)
+                    kernels.insert_entries(windows, weight, NORM_EPS, cos, sin, target)
                     return stored
 
                 return call

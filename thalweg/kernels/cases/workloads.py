@@ -127,12 +127,12 @@ def _compress(config: ModelConfig) -> Iterator[Case]:
 def inserted(config: ModelConfig, step: str, count: int, tokens: int) -> Iterator[Case]:
     """Entries of one compressor, and the index keys beside them, in the formats that are served."""
     overlap = tokens == config.csa_ratio
-    groups = [("KV", *entries.KV_ROUNDINGS[-1], config.head_dim)]
+    groups = [("KV", entries.KV_ROUNDINGS[-1], config.head_dim)]
     if overlap:
-        groups.append(("keys", *entries.INDEX_ROUNDINGS[-1], config.index_head_dim))
-    for name, form, rounding, width in groups:
-        shape, rope = f"{step}, {tokens} tokens of {width}, {form.name} {name}", config.rope_dim
-        yield entries.insert_entries(shape, form, rounding, count, tokens, width, rope, overlap=overlap, steady=False)
+        groups.append(("keys", entries.INDEX_ROUNDINGS[-1], config.index_head_dim))
+    for name, form, width in groups:
+        shape, rope = f"{step}, {tokens} tokens of {width}, {form[0].name} {name}", config.rope_dim
+        yield entries.insert_entries(shape, form, count, tokens, width, rope, overlap=overlap, steady=False)
 
 
 def _steps() -> Iterator[tuple[str, tuple[Span, ...]]]:

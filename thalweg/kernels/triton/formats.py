@@ -1,7 +1,7 @@
 """The byte formats of cache rows, in registers: bit for bit what reference/quantize.py makes of a row.
 
-Tiles are fp32 [R, W], W a power of two, zero where a row has ended. Powers of two are made of and read as exponent bits;
-the largest magnitude of a block is found among the bits too, which order as the magnitudes do and put NaN above all.
+Tiles are fp32 [R, W], W a power of two, zero where a row has ended. Powers of two are made and read as exponent bits.
+The largest magnitude of a block is found among bits too, which order as the magnitudes do and put NaN above all.
 Division is the rounded one. Nothing here is a product plus a sum, so no contraction can change a bit.
 """
 

@@ -72,7 +72,7 @@ def mix_head(streams: Tensor, fn: Weight, base: Tensor, scale: Tensor, norm_eps:
 
 
 def _projected(streams: Tensor, fn: Tensor) -> Tensor:
-    """Partial sums fp32 [chunks, T, outputs + 1]: fn . v, and last the squares of v, which are the flattened streams."""
+    """Partial sums fp32 [chunks, T, outputs + 1] with v the flattened streams: fn . v, and last the squares of v."""
     tokens, width = streams.shape[0], fn.shape[1]
     chunks, outputs = triton.cdiv(width, CHUNK), fn.shape[0]
     parts = torch.empty((chunks, tokens, outputs + 1), dtype=torch.float32, device=streams.device)
