@@ -44,8 +44,9 @@ def insert_entries(
     overlap: bool,
     steady: bool = True,
 ) -> Case:
-    """`form`: in what format, and rounded to what. Every third token is a cached one; with overlap some entries have no window before. `steady`: no value near a
-    tie, for which entries are computed again and again."""
+    """`form`: in what format, and rounded to what. Every third token is a cached one; with overlap some entries have no
+    window before. `steady`: no value near a tie, for which entries are drawn again and again.
+    """
 
     def inputs(source: Source) -> Bind:
         drawn = _Drawn(source, entries, tokens, width, rope, overlap)
