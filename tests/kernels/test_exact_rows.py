@@ -68,8 +68,8 @@ def test_grouped_linear(kernels: Kernels) -> None:
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("hidden", [5, 48, 7168])
 def test_hyper_connections(kernels: Kernels, n: int, hidden: int) -> None:
-    hidden = min(hidden, 300) if interpreted(kernels) else hidden
-    streams, y = random(75, n, hidden), random(75, hidden, seed=1)
+    rows, hidden = (9, min(hidden, 300)) if interpreted(kernels) else (75, hidden)
+    streams, y = random(rows, n, hidden), random(rows, hidden, seed=1)
     fn, base, scale = random((2 + n) * n, n * hidden, seed=2) / 9, random((2 + n) * n, seed=3), random(3, seed=4)
     packed, head = kernels.pack(fn), kernels.pack(fn[:n])
     rows_alone_equal(lambda s: kernels.mix_in(s, packed, base, scale, 1e-6, 1e-6, 20), streams)

@@ -95,15 +95,6 @@ def _out_tile(n: int) -> dict[str, int]:
 
 
 @triton.jit
-def _cut(x):
-    """fp32 as three bfloat16 parts of falling size, whose sum it is to the last bit but one."""
-    first = x.to(tl.bfloat16)
-    rest = x - first.to(tl.float32)
-    second = rest.to(tl.bfloat16)
-    return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def _project(
     streams,
     fn,
@@ -128,15 +119,21 @@ def _project(
         v = tl.load(streams + token[:, None] * width + column[None, :], mask=inside, other=0.0)
         held = (output < outputs)[:, None] & (column < width)[None, :]
         f = tl.load(fn + output[:, None].to(tl.int64) * width + column[None, :], mask=held, other=0.0)
-        f1, f2, f3 = _cut(f.to(tl.float32))
-        f1, f2, f3 = tl.trans(f1), tl.trans(f2), tl.trans(f3)
+        f = tl.trans(f.to(tl.float32))
+        f1 = f.to(tl.bfloat16)
+        rest = f - f1.to(tl.float32)
+        f2 = rest.to(tl.bfloat16)
+        f3 = (rest - f2.to(tl.float32)).to(tl.bfloat16)
         wide = v.to(tl.float32)
         squares += wide * wide
         if v.dtype == tl.bfloat16:
             v1 = v
             sums = tl.dot(v1, f3, sums)
         else:
-            v1, v2, v3 = _cut(wide)
+            v1 = wide.to(tl.bfloat16)
+            left = wide - v1.to(tl.float32)
+            v2 = left.to(tl.bfloat16)
+            v3 = (left - v2.to(tl.float32)).to(tl.bfloat16)
             sums = tl.dot(v1, f3, sums)
             sums = tl.dot(v2, f2, sums)
             sums = tl.dot(v3, f1, sums)
