@@ -17,20 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import AttentionContext
-from thalweg.kernels.triton.stored import RowForm, load_rows, placed, plain_rows
+from thalweg.kernels.triton.launch import Launch
+from thalweg.kernels.triton.stored import FP8_KV, PLAIN, RowForm, load_rows, packed_bytes, placed, plain_rows
 
 WINDOW, SELECTED, ALL = 0, 1, 2
-# Tiles per chunk. Long chunks cost decoding parallelism, short ones cost prefill a fold each (256 KiB through the L2
-# cache, some 2 us of a multiprocessor, where a tile takes about 1). V4's windows are 4 tiles, so Flash's 640 keys
-# are 2 equal chunks of selected entries and a million tokens of HCA, 8320 keys, 17 chunks.
-CHUNK_TILES = {WINDOW: 16, SELECTED: 10, ALL: 16}
+# Entries per chunk. Long chunks cost decoding parallelism, short ones cost prefill a fold each: 256 KiB through the L2
+# cache, some 2 us of a multiprocessor, where 64 entries take about as long.
+CHUNK = {WINDOW: 256, SELECTED: 256, ALL: 512}
 TILE_ELEMENTS = 1 << 14  # of a tile of rows: 32 rows of 512; a larger one exceeds B200's shared memory
 MOST_TILE_ROWS = 128
 MOST_HEADS = 64  # of a program: the least that Hopper's and Blackwell's tensor cores take, and 64 x 512 fp32 fill TMEM
@@ -42,6 +44,8 @@ FOLD_WARPS = 4
 LOG2_E = 1.4426950408889634
 _SEQUENCES_AT_ONCE = 256
 
+_OFFSETS = ("query_offsets", "query_starts", "key_offsets", "key_starts", "past_offsets", "entry_offsets")
+_FLOATS = ("sinks", "out", "parts", "summaries")
 _WINDOW, _ALL = tl.constexpr(WINDOW), tl.constexpr(ALL)
 _FLOOR = tl.constexpr(-1e30)  # a maximum over nothing: unlike -inf its difference from itself is 0
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -68,15 +72,97 @@ def _folded(maximum, denominator, m, l):
 
 
 @triton.jit
-def _taken_in(q, rows, seen, scale, m, l, acc):
+def _taken_in(q, rows, seen, scale, always, m, l, acc):
     """The softmax of a chunk with one more tile of rows [T, d]."""
     s = tl.dot(q, tl.trans(rows), input_precision="ieee")
-    s = tl.where(seen[None, :], s, float("-inf"))
-    top = tl.maximum(m, tl.max(s, 1) * scale)
-    p = tl.exp2(tl.fma(s, scale, -top[:, None]))
-    faded = tl.exp2(m - top)
+    p, faded = tl.zeros_like(s), m
+    if always:
+        s = tl.where(seen[None, :], s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(tl.fma(s, scale, -top[:, None]))
+        faded = tl.exp2(m - top)
+        m = top
+        l = tl.fma(l, faded, tl.sum(p, 1))
     acc = tl.dot(p.to(rows.dtype), rows, acc * faded[:, None], input_precision="ieee")
-    return top, tl.fma(l, faded, tl.sum(p, 1)), acc
+    return m, l, acc
+
+
+@triton.jit
+def _quarters(acc, HEADS_AT_ONCE: tl.constexpr, PADDED: tl.constexpr):
+    """An accumulator [H, d] as four of [H, d / 4]: a program that reads a total back cannot hold all of both at once.
+
+    The columns of quarter 2 i + j are (i, any, j, any) as bits; threads keep the values that they have.
+    """
+    low, high = tl.split(tl.permute(tl.reshape(acc, [HEADS_AT_ONCE, 2, 2, PADDED // 4]), [0, 1, 3, 2]))
+    a, b = tl.split(tl.permute(tl.reshape(low, [HEADS_AT_ONCE, 2, 2, PADDED // 8]), [0, 1, 3, 2]))
+    c, d = tl.split(tl.permute(tl.reshape(high, [HEADS_AT_ONCE, 2, 2, PADDED // 8]), [0, 1, 3, 2]))
+    return a, b, c, d
+
+
+@triton.jit
+def _columns(QUARTER: tl.constexpr, PADDED: tl.constexpr):
+    """[2, d / 8]: the columns of a quarter."""
+    START: tl.constexpr = (QUARTER // 2) * (PADDED // 4) + (QUARTER % 2) * (PADDED // 8)
+    return tl.arange(0, 2)[:, None] * (PADDED // 2) + START + tl.arange(0, PADDED // 8)[None, :]
+
+
+@triton.jit
+def _add(
+    at, acc, QUARTER: tl.constexpr, old_factor, factor, last, again, heads, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
+    """A quarter of a chunk's sum into the total that lies at `at`."""
+    head = tl.arange(0, acc.shape[0])[:, None, None]
+    column = _columns(QUARTER, PADDED)[None, :, :]
+    kept = (head < heads) & (column < WIDTH)
+    total = tl.load(at + head * WIDTH + column, mask=kept & again, other=0.0)
+    total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
+    tl.store(at + head * WIDTH + column, total * last[:, None, None], mask=kept)
+
+
+@triton.jit
+def _put(at, acc, QUARTER: tl.constexpr, PADDED: tl.constexpr):
+    """A quarter of a chunk's sum into the workspace."""
+    tl.store(at + tl.arange(0, acc.shape[0])[:, None, None] * PADDED + _columns(QUARTER, PADDED)[None, :, :], acc)
+
+
+@triton.jit
+def _finished(
+    row_at,  # the query's part of `out`
+    parts,
+    summaries,
+    part,
+    chunk,
+    count,
+    heads,
+    maximum,
+    denominator,
+    m,
+    l,
+    acc,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """A chunk done: fold it into the total, or leave it in the workspace. Returns maximum and denominator so far."""
+    HEADS_AT_ONCE: tl.constexpr = acc.shape[0]
+    a, b, c, d = _quarters(acc, HEADS_AT_ONCE, PADDED)
+    if tl.num_programs(1) == 1:
+        maximum, denominator, old, new = _folded(maximum, denominator, m, l)
+        last = tl.where(chunk + 1 == count, 1.0 / denominator, 1.0)
+        tl.debug_barrier()  # threads read back what others of this program wrote
+        _add(row_at, a, 0, old, new, last, chunk > 0, heads, WIDTH, PADDED)
+        _add(row_at, b, 1, old, new, last, chunk > 0, heads, WIDTH, PADDED)
+        _add(row_at, c, 2, old, new, last, chunk > 0, heads, WIDTH, PADDED)
+        _add(row_at, d, 3, old, new, last, chunk > 0, heads, WIDTH, PADDED)
+    else:
+        at = parts + part.to(tl.int64) * (HEADS_AT_ONCE * PADDED)
+        _put(at, a, 0, PADDED)
+        _put(at, b, 1, PADDED)
+        _put(at, c, 2, PADDED)
+        _put(at, d, 3, PADDED)
+        inner = tl.arange(0, HEADS_AT_ONCE)
+        tl.store(summaries + part * 2 * HEADS_AT_ONCE + inner, m)
+        tl.store(summaries + (part * 2 + 1) * HEADS_AT_ONCE + inner, l)
+    return maximum, denominator
 
 
 @triton.jit(
@@ -125,99 +211,92 @@ def attend(
     HEADS_AT_ONCE: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     GROUPS: tl.constexpr = (HEADS + HEADS_AT_ONCE - 1) // HEADS_AT_ONCE
-    WINDOW_TILES: tl.constexpr = (WINDOW_ROWS + TILE - 1) // TILE
     place = tl.program_id(0)
     row, group = first_query + place // GROUPS, place % GROUPS
     s = _sequence_of(query_offsets, sequences, row)
     position = (tl.load(query_starts + s) + row - tl.load(query_offsets + s)).to(tl.int32)
 
-    tiles = WINDOW_TILES
-    visible = 0
+    # Chunk 0 is the window; entries begin with chunk 1.
+    entries = 0
     if MODE == _ALL:
-        visible = (position + 1) // RATIO
-        tiles += (visible + TILE - 1) // TILE
+        entries = (position + 1) // RATIO
     elif MODE != _WINDOW:
-        tiles += (chosen + TILE - 1) // TILE
-    count = (tiles + TILES - 1) // TILES
+        entries = chosen
+    count = 1 + (entries + CHUNK - 1) // CHUNK
     first = tl.program_id(1) * run
     if (first == 0) & (tl.num_programs(1) > 1):
         tl.store(counts + place, count)
     if first >= count:
         return
 
-    new_first = tl.load(key_starts + s).to(tl.int32)
-    new_offset = tl.load(key_offsets + s)
-    past_offset = tl.load(past_offsets + s)
-    oldest = new_first - (tl.load(past_offsets + s + 1) - past_offset).to(tl.int32)
-    entry_offset = past_offset
-    if MODE != _WINDOW:
-        entry_offset = tl.load(entry_offsets + s)
-
     head = group * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
     column = tl.arange(0, PADDED)
-    kept = (head < HEADS)[:, None] & (column < WIDTH)[None, :]
-    at = (row.to(tl.int64) * HEADS + head[:, None]) * WIDTH + column[None, :]
-    q = tl.load(query + at, mask=kept, other=0.0)
-    lane = tl.arange(0, TILE)
+    row_at = (row.to(tl.int64) * HEADS + group * HEADS_AT_ONCE) * WIDTH
+    heads = HEADS - group * HEADS_AT_ONCE
+    q_at = query + row_at + tl.arange(0, HEADS_AT_ONCE)[:, None] * WIDTH + column[None, :]
+    q = tl.load(q_at, mask=(head < HEADS)[:, None] & (column < WIDTH)[None, :], other=0.0)
     maximum = tl.maximum(tl.load(sinks + head, mask=head < HEADS, other=0.0).to(tl.float32) * _LOG2_E, _FLOOR)
     denominator = tl.full([HEADS_AT_ONCE], 1.0, tl.float32)
+    lane = tl.arange(0, TILE)
+    part = place * chunks
 
-    for chunk in range(first, tl.minimum(first + run, count)):
+    if first == 0:
+        new_first = tl.load(key_starts + s).to(tl.int32)
+        new_offset = tl.load(key_offsets + s)
+        past_offset = tl.load(past_offsets + s)
+        oldest = new_first - (tl.load(past_offsets + s + 1) - past_offset).to(tl.int32)
         m = tl.full([HEADS_AT_ONCE], _FLOOR, tl.float32)
         l = tl.zeros([HEADS_AT_ONCE], tl.float32)
         acc = tl.zeros([HEADS_AT_ONCE, PADDED], tl.float32)
-        begin = chunk * TILES
-        end = tl.minimum(begin + TILES, tiles)
-
         # The window ends at the query's own position; what is before the sequence, or not there any more, is skipped.
+        WINDOW_TILES: tl.constexpr = (WINDOW_ROWS + TILE - 1) // TILE
         origin = position + 1 - WINDOW_TILES * TILE
         lowest = tl.maximum(oldest, position + 1 - WINDOW_ROWS)
-        for tile in range(tl.maximum(begin, (lowest - origin) // TILE), tl.minimum(end, WINDOW_TILES)):
+        for tile in tl.range((lowest - origin) // TILE, WINDOW_TILES, num_stages=1, disable_licm=True):
             at_position = origin + tile * TILE + lane
             seen = at_position >= lowest
             new = seen & (at_position >= new_first)
-            slots = tl.load(past_slots + past_offset + at_position - oldest, mask=seen & (at_position < new_first), other=-1)
+            slots = tl.load(past_slots + past_offset + at_position - oldest, mask=seen & (new == 0), other=-1)
             old = slots >= 0
             rows = load_rows(
                 past_rows, past_shift, slots, old, PAST_FORM, PAST_STRIDE, PAST_ROPE, WIDTH, PADDED, q.dtype
             )
             own = plain_rows(new_rows, new_offset + at_position - new_first, new, WIDTH, WIDTH, PADDED).to(q.dtype)
             rows = tl.where(new[:, None], own, rows)
-            m, l, acc = _taken_in(q, rows, new | old, scale, m, l, acc)
+            m, l, acc = _taken_in(q, rows, new | old, scale, run > 0, m, l, acc)
+        maximum, denominator = _finished(
+            out + row_at, parts, summaries, part, 0, count, heads, maximum, denominator, m, l, acc, WIDTH, PADDED
+        )
 
-        if MODE != _WINDOW:
-            for tile in range(tl.maximum(begin, WINDOW_TILES), end):
-                number = (tile - WINDOW_TILES) * TILE + lane
+    if MODE != _WINDOW:
+        entry_offset = tl.load(entry_offsets + s)
+        for chunk in tl.range(tl.maximum(first, 1), tl.minimum(first + run, count), disable_licm=True):
+            m = tl.full([HEADS_AT_ONCE], _FLOOR, tl.float32)
+            l = tl.zeros([HEADS_AT_ONCE], tl.float32)
+            acc = tl.zeros([HEADS_AT_ONCE, PADDED], tl.float32)
+            begin = (chunk - 1) * CHUNK
+            for start in tl.range(begin, tl.minimum(begin + CHUNK, entries), TILE, disable_licm=True):
+                number = start + lane
                 if MODE == _ALL:
                     entry = number
-                    seen = number < visible
+                    seen = number < entries
                 else:
-                    entry = tl.load(selected + row.to(tl.int64) * chosen + number, mask=number < chosen, other=-1).to(tl.int32)
+                    entry = tl.load(selected + row.to(tl.int64) * chosen + number, mask=number < chosen, other=-1)
+                    entry = entry.to(tl.int32)
                     seen = entry >= 0
                 block = tl.load(blocks + entry_offset + entry // BLOCK_ROWS, mask=seen, other=0)
                 slots = block * BLOCK_ROWS + entry % BLOCK_ROWS
                 rows = load_rows(
                     entry_rows, entry_shift, slots, seen, ENTRY_FORM, ENTRY_STRIDE, ENTRY_ROPE, WIDTH, PADDED, q.dtype
                 )
-                m, l, acc = _taken_in(q, rows, seen, scale, m, l, acc)
-
-        if tl.num_programs(1) == 1:
-            # Threads read back what others of this program wrote.
-            tl.debug_barrier()
-            total = tl.load(out + at, mask=kept & (chunk > 0), other=0.0)
-            maximum, denominator, old_factor, factor = _folded(maximum, denominator, m, l)
-            total = tl.fma(total, old_factor[:, None], acc * factor[:, None])
-            last = tl.where(chunk + 1 == count, 1.0 / denominator, 1.0)
-            tl.store(out + at, total * last[:, None], mask=kept)
-        else:
-            part = place * chunks + chunk
-            inner = tl.arange(0, HEADS_AT_ONCE)
-            tl.store(summaries + part * 2 * HEADS_AT_ONCE + inner, m)
-            tl.store(summaries + (part * 2 + 1) * HEADS_AT_ONCE + inner, l)
-            tl.store(parts + (part.to(tl.int64) * HEADS_AT_ONCE + inner[:, None]) * PADDED + column[None, :], acc)
+                m, l, acc = _taken_in(q, rows, seen, scale, run > 0, m, l, acc)
+            maximum, denominator = _finished(
+                out + row_at, parts, summaries, part + chunk, chunk, count, heads, maximum, denominator, m, l, acc,
+                WIDTH, PADDED,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_query", "chunks"])
@@ -288,8 +367,7 @@ class Shape:
 
     def chunks(self, entries: int) -> int:
         """Of a query that has so many entries in its list."""
-        tiles = -(-self.window // self.tile) + -(-entries // self.tile)
-        return -(-tiles // CHUNK_TILES[self.mode])
+        return 1 + -(-entries // CHUNK[self.mode])
 
     def attend_constants(self) -> dict[str, int]:
         return {
@@ -304,7 +382,7 @@ class Shape:
             "HEADS_AT_ONCE": self.heads_at_once,
             "PADDED": self.padded,
             "TILE": self.tile,
-            "TILES": CHUNK_TILES[self.mode],
+            "CHUNK": CHUNK[self.mode],
         }
 
     def fold_constants(self) -> dict[str, int]:
@@ -396,3 +474,43 @@ def _workspace(shape: Shape, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         like.new_empty(PARTS, 2, shape.heads_at_once),
         like.new_empty(PARTS, dtype=torch.int32),
     )
+
+
+def launches(config: ModelConfig) -> list[Launch]:
+    """Decoding and prefill run the same `attend`; `fold` is what decoding adds."""
+    made = []
+    width = config.head_dim
+    for name, form, rows in (
+        ("bfloat16", RowForm(PLAIN, width, 0), "*bf16"),
+        ("fp8", RowForm(FP8_KV, packed_bytes(width, config.rope_dim), config.rope_dim), "*u8"),
+    ):
+        for mode, what, ratio in (
+            (WINDOW, "window alone", 0),
+            (SELECTED, "window and selected entries", config.csa_ratio),
+            (ALL, "window and all entries", config.hca_ratio),
+        ):
+            block = config.unit_tokens // ratio if ratio else 1
+            heads = config.num_attention_heads
+            shape = Shape(mode, heads, width, config.window, ratio, block, form, form, True)
+            constants, options = shape.attend_constants(), shape.options()
+            what = f"{what}, {name} rows"
+            made.append(Launch("attention", what, attend, _attend_types(rows), constants, options, matrix=True))
+    types = _types(fold, {"sinks": "*fp32", "counts": "*i32"}, "*fp32")
+    made.append(Launch("attention", "parts folded", fold, types, shape.fold_constants(), {"num_warps": FOLD_WARPS}))
+    return made
+
+
+def _attend_types(rows: str) -> dict[str, str]:
+    ints = {name: "*i64" for name in ("past_slots", "blocks", "selected", *_OFFSETS)}
+    return _types(
+        attend,
+        {"query": "*bf16", "new_rows": "*bf16", "past_rows": rows, "entry_rows": rows, "counts": "*i32", "scale": "fp32"}
+        | ints,
+        "*fp32",
+    )
+
+
+def _types(kernel: Any, known: dict[str, str], others: str) -> dict[str, str]:
+    """Of all arguments that are no constexprs: what is not a pointer is named as none of them and an int32."""
+    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+    return {name: known.get(name, others if name in _FLOATS else "i32") for name in names}

@@ -39,7 +39,7 @@ class RowForm:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Stored rows as a kernel gets them: a pointer, and how many words (elements, if plain) behind it they begin.
+    """Stored rows as a kernel gets them: a pointer, and how many words behind it packed ones begin.
 
     A layer's packed rows begin at any multiple of 8 bytes. Triton knows of a pointer that it is a multiple of 16 or
     nothing at all, and would then load single bytes; so the pointer is that of the whole pool.
@@ -61,6 +61,12 @@ def placed(stored: StoredRows) -> Placed:
     return Placed(data.as_strided((1,), (1,), 0), words, RowForm(FP8_KV, data.stride(0), stored.rope_dim))
 
 
+def packed_bytes(width: int, rope: int) -> int:
+    """Of one FP8 row."""
+    plain = width - rope
+    return -(-(plain + 2 * rope + -(-plain // KV_BLOCK)) // WORD) * WORD
+
+
 @triton.jit
 def load_rows(
     rows,
@@ -78,7 +84,7 @@ def load_rows(
     if FORM == _FP8_KV:
         return _fp8_kv(rows + shift * _WORD, slots, there, STRIDE, ROPE, WIDTH, PADDED, DTYPE)
     else:
-        return plain_rows(rows + shift, slots, there, STRIDE, WIDTH, PADDED).to(DTYPE)
+        return plain_rows(rows, slots, there, STRIDE, WIDTH, PADDED).to(DTYPE)
 
 
 @triton.jit
