@@ -27,7 +27,7 @@ from torch import Tensor
 from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import AttentionContext
 from thalweg.kernels.triton.launch import Launch
-from thalweg.kernels.triton.stored import FP8_KV, PLAIN, RowForm, load_rows, packed_bytes, placed, plain_rows
+from thalweg.kernels.triton.stored import FP8_KV, PLAIN, RowForm, load_rows, over_rows, packed_bytes, placed
 
 WINDOW, SELECTED, ALL = 0, 1, 2
 # Entries per chunk. Long chunks cost decoding parallelism, short ones cost prefill a fold each: 256 KiB through the L2
@@ -108,21 +108,37 @@ def _columns(QUARTER: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _add(
-    at, acc, QUARTER: tl.constexpr, old_factor, factor, last, again, heads, WIDTH: tl.constexpr, PADDED: tl.constexpr
+    at,
+    acc,
+    QUARTER: tl.constexpr,
+    old_factor,
+    factor,
+    last,
+    again,
+    heads,
+    EVEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """A quarter of a chunk's sum into the total that lies at `at`."""
     head = tl.arange(0, acc.shape[0])[:, None, None]
     column = _columns(QUARTER, PADDED)[None, :, :]
-    kept = (head < heads) & (column < WIDTH)
-    total = tl.load(at + head * WIDTH + column, mask=kept & again, other=0.0)
-    total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
-    tl.store(at + head * WIDTH + column, total * last[:, None, None], mask=kept)
+    at += head * WIDTH + column
+    if EVEN:
+        total = tl.load(at, mask=again, other=0.0)
+        total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
+        tl.store(at, total * last[:, None, None])
+    else:
+        kept = (head < heads) & (column < WIDTH)
+        total = tl.load(at, mask=kept & again, other=0.0)
+        total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
+        tl.store(at, total * last[:, None, None], mask=kept)
 
 
 @triton.jit
 def _put(at, acc, QUARTER: tl.constexpr, PADDED: tl.constexpr):
     """A quarter of a chunk's sum into the workspace."""
-    tl.store(at + tl.arange(0, acc.shape[0])[:, None, None] * PADDED + _columns(QUARTER, PADDED)[None, :, :], acc)
+    tl.store(at + (tl.arange(0, acc.shape[0])[:, None, None] * PADDED + _columns(QUARTER, PADDED)[None, :, :]), acc)
 
 
 @triton.jit
@@ -139,6 +155,7 @@ def _finished(
     m,
     l,
     acc,
+    EVEN: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
@@ -149,10 +166,10 @@ def _finished(
         maximum, denominator, old, new = _folded(maximum, denominator, m, l)
         last = tl.where(chunk + 1 == count, 1.0 / denominator, 1.0)
         tl.debug_barrier()  # threads read back what others of this program wrote
-        _add(row_at, a, 0, old, new, last, chunk > 0, heads, WIDTH, PADDED)
-        _add(row_at, b, 1, old, new, last, chunk > 0, heads, WIDTH, PADDED)
-        _add(row_at, c, 2, old, new, last, chunk > 0, heads, WIDTH, PADDED)
-        _add(row_at, d, 3, old, new, last, chunk > 0, heads, WIDTH, PADDED)
+        _add(row_at, a, 0, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, b, 1, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, c, 2, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, d, 3, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
     else:
         at = parts + part.to(tl.int64) * (HEADS_AT_ONCE * PADDED)
         _put(at, a, 0, PADDED)
@@ -214,6 +231,7 @@ def attend(
     CHUNK: tl.constexpr,
 ):
     GROUPS: tl.constexpr = (HEADS + HEADS_AT_ONCE - 1) // HEADS_AT_ONCE
+    EVEN: tl.constexpr = HEADS % HEADS_AT_ONCE == 0 and WIDTH == PADDED
     place = tl.program_id(0)
     row, group = first_query + place // GROUPS, place % GROUPS
     s = _sequence_of(query_offsets, sequences, row)
@@ -264,11 +282,10 @@ def attend(
             rows = load_rows(
                 past_rows, past_shift, slots, old, PAST_FORM, PAST_STRIDE, PAST_ROPE, WIDTH, PADDED, q.dtype
             )
-            own = plain_rows(new_rows, new_offset + at_position - new_first, new, WIDTH, WIDTH, PADDED).to(q.dtype)
-            rows = tl.where(new[:, None], own, rows)
+            rows = over_rows(rows, new_rows, new_offset + at_position - new_first, new, WIDTH, PADDED)
             m, l, acc = _taken_in(q, rows, new | old, scale, run > 0, m, l, acc)
         maximum, denominator = _finished(
-            out + row_at, parts, summaries, part, 0, count, heads, maximum, denominator, m, l, acc, WIDTH, PADDED
+            out + row_at, parts, summaries, part, 0, count, heads, maximum, denominator, m, l, acc, EVEN, WIDTH, PADDED
         )
 
     if MODE != _WINDOW:
@@ -295,7 +312,7 @@ def attend(
                 m, l, acc = _taken_in(q, rows, seen, scale, run > 0, m, l, acc)
             maximum, denominator = _finished(
                 out + row_at, parts, summaries, part + chunk, chunk, count, heads, maximum, denominator, m, l, acc,
-                WIDTH, PADDED,
+                EVEN, WIDTH, PADDED,
             )  # fmt: skip
 
 

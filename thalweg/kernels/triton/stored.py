@@ -90,10 +90,27 @@ def load_rows(
 @triton.jit
 def plain_rows(rows, slots, there, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     columns = tl.arange(0, PADDED)
-    wanted = there[:, None]
-    if PADDED != WIDTH:
-        wanted = wanted & (columns < WIDTH)[None, :]
-    return tl.load(rows + slots[:, None] * STRIDE + columns[None, :], mask=wanted, other=0.0)
+    return tl.load(rows + slots[:, None] * STRIDE + columns[None, :], mask=_wanted(there, WIDTH, PADDED), other=0.0)
+
+
+@triton.jit
+def over_rows(tile, rows, slots, there, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """A tile with plain rows (contiguous) in place of its own where `there`."""
+    columns = tl.arange(0, PADDED)
+    at = rows + slots[:, None] * WIDTH + columns[None, :]
+    if rows.dtype.element_ty == tile.dtype:
+        return tl.load(at, mask=_wanted(there, WIDTH, PADDED), other=tile)  # into the tile's own registers
+    else:
+        own = tl.load(at, mask=_wanted(there, WIDTH, PADDED), other=0.0).to(tile.dtype)
+        return tl.where(there[:, None], own, tile)
+
+
+@triton.jit
+def _wanted(there, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    if WIDTH == PADDED:
+        return there[:, None]
+    else:
+        return there[:, None] & (tl.arange(0, PADDED) < WIDTH)[None, :]
 
 
 @triton.jit
