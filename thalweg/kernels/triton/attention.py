@@ -261,39 +261,32 @@ def attend(
     lane = tl.arange(0, TILE)
     part = place * chunks
 
-    if first == 0:
-        new_first = tl.load(key_starts + s).to(tl.int32)
-        new_offset = tl.load(key_offsets + s)
-        past_offset = tl.load(past_offsets + s)
-        oldest = new_first - (tl.load(past_offsets + s + 1) - past_offset).to(tl.int32)
+    entry_offset = tl.load(entry_offsets + s)
+    for chunk in tl.range(first, tl.minimum(first + run, count), disable_licm=True):
         m = tl.full([HEADS_AT_ONCE], _FLOOR, tl.float32)
         l = tl.zeros([HEADS_AT_ONCE], tl.float32)
         acc = tl.zeros([HEADS_AT_ONCE, PADDED], tl.float32)
-        # The window ends at the query's own position; what is before the sequence, or not there any more, is skipped.
-        WINDOW_TILES: tl.constexpr = (WINDOW_ROWS + TILE - 1) // TILE
-        origin = position + 1 - WINDOW_TILES * TILE
-        lowest = tl.maximum(oldest, position + 1 - WINDOW_ROWS)
-        for tile in tl.range((lowest - origin) // TILE, WINDOW_TILES, num_stages=1, disable_licm=True):
-            at_position = origin + tile * TILE + lane
-            seen = at_position >= lowest
-            new = seen & (at_position >= new_first)
-            slots = tl.load(past_slots + past_offset + at_position - oldest, mask=seen & (new == 0), other=-1)
-            old = slots >= 0
-            rows = load_rows(
-                past_rows, past_shift, slots, old, PAST_FORM, PAST_STRIDE, PAST_ROPE, WIDTH, PADDED, q.dtype
-            )
-            rows = over_rows(rows, new_rows, new_offset + at_position - new_first, new, WIDTH, PADDED)
-            m, l, acc = _taken_in(q, rows, new | old, scale, run > 0, m, l, acc)
-        maximum, denominator = _finished(
-            out + row_at, parts, summaries, part, 0, count, heads, maximum, denominator, m, l, acc, EVEN, WIDTH, PADDED
-        )
-
-    if MODE != _WINDOW:
-        entry_offset = tl.load(entry_offsets + s)
-        for chunk in tl.range(tl.maximum(first, 1), tl.minimum(first + run, count), disable_licm=True):
-            m = tl.full([HEADS_AT_ONCE], _FLOOR, tl.float32)
-            l = tl.zeros([HEADS_AT_ONCE], tl.float32)
-            acc = tl.zeros([HEADS_AT_ONCE, PADDED], tl.float32)
+        if chunk == 0:
+            new_first = tl.load(key_starts + s).to(tl.int32)
+            new_offset = tl.load(key_offsets + s)
+            past_offset = tl.load(past_offsets + s)
+            oldest = new_first - (tl.load(past_offsets + s + 1) - past_offset).to(tl.int32)
+            # The window ends at the query's own position; what is before the sequence, or gone already, is skipped.
+            WINDOW_TILES: tl.constexpr = (WINDOW_ROWS + TILE - 1) // TILE
+            origin = position + 1 - WINDOW_TILES * TILE
+            lowest = tl.maximum(oldest, position + 1 - WINDOW_ROWS)
+            for tile in tl.range((lowest - origin) // TILE, WINDOW_TILES, num_stages=1, disable_licm=True):
+                at_position = origin + tile * TILE + lane
+                seen = at_position >= lowest
+                new = seen & (at_position >= new_first)
+                slots = tl.load(past_slots + past_offset + at_position - oldest, mask=seen & (new == 0), other=-1)
+                old = slots >= 0
+                rows = load_rows(
+                    past_rows, past_shift, slots, old, PAST_FORM, PAST_STRIDE, PAST_ROPE, WIDTH, PADDED, q.dtype
+                )
+                rows = over_rows(rows, new_rows, new_offset + at_position - new_first, new, WIDTH, PADDED)
+                m, l, acc = _taken_in(q, rows, new | old, scale, run > 0, m, l, acc)
+        elif MODE != _WINDOW:
             begin = (chunk - 1) * CHUNK
             for start in tl.range(begin, tl.minimum(begin + CHUNK, entries), TILE, disable_licm=True):
                 number = start + lane
@@ -310,10 +303,10 @@ def attend(
                     entry_rows, entry_shift, slots, seen, ENTRY_FORM, ENTRY_STRIDE, ENTRY_ROPE, WIDTH, PADDED, q.dtype
                 )
                 m, l, acc = _taken_in(q, rows, seen, scale, run > 0, m, l, acc)
-            maximum, denominator = _finished(
-                out + row_at, parts, summaries, part + chunk, chunk, count, heads, maximum, denominator, m, l, acc,
-                EVEN, WIDTH, PADDED,
-            )  # fmt: skip
+        maximum, denominator = _finished(
+            out + row_at, parts, summaries, part + chunk, chunk, count, heads, maximum, denominator, m, l, acc, EVEN,
+            WIDTH, PADDED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_query", "chunks"])
