@@ -155,6 +155,7 @@ def _finished(
     m,
     l,
     acc,
+    ALONE: tl.constexpr,
     EVEN: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
@@ -162,14 +163,16 @@ def _finished(
     """A chunk done: fold it into the total, or leave it in the workspace. Returns maximum and denominator so far."""
     HEADS_AT_ONCE: tl.constexpr = acc.shape[0]
     a, b, c, d = _quarters(acc, HEADS_AT_ONCE, PADDED)
-    if tl.num_programs(1) == 1:
+    if ALONE or tl.num_programs(1) == 1:
         maximum, denominator, old, new = _folded(maximum, denominator, m, l)
         last = tl.where(chunk + 1 == count, 1.0 / denominator, 1.0)
-        tl.debug_barrier()  # threads read back what others of this program wrote
-        _add(row_at, a, 0, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
-        _add(row_at, b, 1, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
-        _add(row_at, c, 2, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
-        _add(row_at, d, 3, old, new, last, chunk > 0, heads, EVEN, WIDTH, PADDED)
+        again = (chunk > 0) & (not ALONE)
+        if not ALONE:
+            tl.debug_barrier()  # threads read back what others of this program wrote
+        _add(row_at, a, 0, old, new, last, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, b, 1, old, new, last, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, c, 2, old, new, last, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, d, 3, old, new, last, again, heads, EVEN, WIDTH, PADDED)
     else:
         at = parts + part.to(tl.int64) * (HEADS_AT_ONCE * PADDED)
         _put(at, a, 0, PADDED)
@@ -244,11 +247,14 @@ def attend(
     elif MODE != _WINDOW:
         entries = chosen
     count = 1 + (entries + CHUNK - 1) // CHUNK
-    first = tl.program_id(1) * run
-    if (first == 0) & (tl.num_programs(1) > 1):
-        tl.store(counts + place, count)
-    if first >= count:
-        return
+    first, last = 0, 1
+    if MODE != _WINDOW:
+        first = tl.program_id(1) * run
+        last = tl.minimum(first + run, count)
+        if (first == 0) & (tl.num_programs(1) > 1):
+            tl.store(counts + place, count)
+        if first >= count:
+            return
 
     head = group * HEADS_AT_ONCE + tl.arange(0, HEADS_AT_ONCE)
     column = tl.arange(0, PADDED)
@@ -262,15 +268,16 @@ def attend(
     part = place * chunks
 
     entry_offset = tl.load(entry_offsets + s)
-    for chunk in tl.range(first, tl.minimum(first + run, count), disable_licm=True):
+    for chunk in tl.range(first, last, disable_licm=True):
         m = tl.full([HEADS_AT_ONCE], _FLOOR, tl.float32)
         l = tl.zeros([HEADS_AT_ONCE], tl.float32)
         acc = tl.zeros([HEADS_AT_ONCE, PADDED], tl.float32)
         if chunk == 0:
             new_first = tl.load(key_starts + s).to(tl.int32)
-            new_offset = tl.load(key_offsets + s)
+            before_new = tl.load(key_offsets + s).to(tl.int32) - new_first
             past_offset = tl.load(past_offsets + s)
             oldest = new_first - (tl.load(past_offsets + s + 1) - past_offset).to(tl.int32)
+            past_slots += past_offset - oldest
             # The window ends at the query's own position; what is before the sequence, or gone already, is skipped.
             WINDOW_TILES: tl.constexpr = (WINDOW_ROWS + TILE - 1) // TILE
             origin = position + 1 - WINDOW_TILES * TILE
@@ -279,12 +286,12 @@ def attend(
                 at_position = origin + tile * TILE + lane
                 seen = at_position >= lowest
                 new = seen & (at_position >= new_first)
-                slots = tl.load(past_slots + past_offset + at_position - oldest, mask=seen & (new == 0), other=-1)
+                slots = tl.load(past_slots + at_position, mask=seen & (at_position < new_first), other=-1)
                 old = slots >= 0
                 rows = load_rows(
                     past_rows, past_shift, slots, old, PAST_FORM, PAST_STRIDE, PAST_ROPE, WIDTH, PADDED, q.dtype
                 )
-                rows = over_rows(rows, new_rows, new_offset + at_position - new_first, new, WIDTH, PADDED)
+                rows = over_rows(rows, new_rows, before_new + at_position, new, WIDTH, PADDED)
                 m, l, acc = _taken_in(q, rows, new | old, scale, run > 0, m, l, acc)
         elif MODE != _WINDOW:
             begin = (chunk - 1) * CHUNK
@@ -304,8 +311,8 @@ def attend(
                 )
                 m, l, acc = _taken_in(q, rows, seen, scale, run > 0, m, l, acc)
         maximum, denominator = _finished(
-            out + row_at, parts, summaries, part + chunk, chunk, count, heads, maximum, denominator, m, l, acc, EVEN,
-            WIDTH, PADDED,
+            out + row_at, parts, summaries, part + chunk, chunk, count, heads, maximum, denominator, m, l, acc,
+            MODE == _WINDOW, EVEN, WIDTH, PADDED,
         )  # fmt: skip
 
 
