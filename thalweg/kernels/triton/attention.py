@@ -64,11 +64,14 @@ def _sequence_of(offsets, sequences, row):
 
 
 @triton.jit
-def _folded(maximum, denominator, m, l):
-    """Maximum and denominator with those of one more chunk, and the factors of the old total and of the chunk."""
+def _folded(maximum, denominator, m, l, last):
+    """Maximum and denominator with those of one more chunk, and the factors of the old total and of the chunk; with
+    the last one the total becomes the result."""
     top = tl.maximum(maximum, m)
     old, new = tl.exp2(maximum - top), tl.exp2(m - top)
-    return top, tl.fma(denominator, old, l * new), old, new
+    denominator = tl.fma(denominator, old, l * new)
+    share = tl.where(last, 1.0 / denominator, 1.0)
+    return top, denominator, old * share, new * share
 
 
 @triton.jit
@@ -113,7 +116,6 @@ def _add(
     QUARTER: tl.constexpr,
     old_factor,
     factor,
-    last,
     again,
     heads,
     EVEN: tl.constexpr,
@@ -127,12 +129,12 @@ def _add(
     if EVEN:
         total = tl.load(at, mask=again, other=0.0)
         total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
-        tl.store(at, total * last[:, None, None])
+        tl.store(at, total)
     else:
         kept = (head < heads) & (column < WIDTH)
         total = tl.load(at, mask=kept & again, other=0.0)
         total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
-        tl.store(at, total * last[:, None, None], mask=kept)
+        tl.store(at, total, mask=kept)
 
 
 @triton.jit
@@ -164,15 +166,14 @@ def _finished(
     HEADS_AT_ONCE: tl.constexpr = acc.shape[0]
     a, b, c, d = _quarters(acc, HEADS_AT_ONCE, PADDED)
     if ALONE or tl.num_programs(1) == 1:
-        maximum, denominator, old, new = _folded(maximum, denominator, m, l)
-        last = tl.where(chunk + 1 == count, 1.0 / denominator, 1.0)
+        maximum, denominator, old, new = _folded(maximum, denominator, m, l, chunk + 1 == count)
         again = (chunk > 0) & (not ALONE)
         if not ALONE:
             tl.debug_barrier()  # threads read back what others of this program wrote
-        _add(row_at, a, 0, old, new, last, again, heads, EVEN, WIDTH, PADDED)
-        _add(row_at, b, 1, old, new, last, again, heads, EVEN, WIDTH, PADDED)
-        _add(row_at, c, 2, old, new, last, again, heads, EVEN, WIDTH, PADDED)
-        _add(row_at, d, 3, old, new, last, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, a, 0, old, new, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, b, 1, old, new, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, c, 2, old, new, again, heads, EVEN, WIDTH, PADDED)
+        _add(row_at, d, 3, old, new, again, heads, EVEN, WIDTH, PADDED)
     else:
         at = parts + part.to(tl.int64) * (HEADS_AT_ONCE * PADDED)
         _put(at, a, 0, PADDED)
@@ -267,7 +268,6 @@ def attend(
     lane = tl.arange(0, TILE)
     part = place * chunks
 
-    entry_offset = tl.load(entry_offsets + s)
     for chunk in tl.range(first, last, disable_licm=True):
         m = tl.full([HEADS_AT_ONCE], _FLOOR, tl.float32)
         l = tl.zeros([HEADS_AT_ONCE], tl.float32)
@@ -295,6 +295,7 @@ def attend(
                 m, l, acc = _taken_in(q, rows, new | old, scale, run > 0, m, l, acc)
         elif MODE != _WINDOW:
             begin = (chunk - 1) * CHUNK
+            own_blocks = blocks + tl.load(entry_offsets + s)
             for start in tl.range(begin, tl.minimum(begin + CHUNK, entries), TILE, disable_licm=True):
                 number = start + lane
                 if MODE == _ALL:
@@ -304,7 +305,7 @@ def attend(
                     entry = tl.load(selected + row.to(tl.int64) * chosen + number, mask=number < chosen, other=-1)
                     entry = entry.to(tl.int32)
                     seen = entry >= 0
-                block = tl.load(blocks + entry_offset + entry // BLOCK_ROWS, mask=seen, other=0)
+                block = tl.load(own_blocks + entry // BLOCK_ROWS, mask=seen, other=0)
                 slots = block * BLOCK_ROWS + entry % BLOCK_ROWS
                 rows = load_rows(
                     entry_rows, entry_shift, slots, seen, ENTRY_FORM, ENTRY_STRIDE, ENTRY_ROPE, WIDTH, PADDED, q.dtype
@@ -340,15 +341,16 @@ def fold(
     maximum = tl.maximum(tl.load(sinks + head).to(tl.float32) * _LOG2_E, _FLOOR)
     denominator = tl.full((), 1.0, tl.float32)
     total = tl.zeros([PADDED], tl.float32)
-    for chunk in tl.range(0, tl.load(counts + place), loop_unroll_factor=AT_ONCE):
+    count = tl.load(counts + place)
+    for chunk in tl.range(0, count, loop_unroll_factor=AT_ONCE):
         part = place * chunks + chunk
         m = tl.load(summaries + part * 2 * HEADS_AT_ONCE + inner)
         l = tl.load(summaries + (part * 2 + 1) * HEADS_AT_ONCE + inner)
         acc = tl.load(parts + (part.to(tl.int64) * HEADS_AT_ONCE + inner) * PADDED + column)
-        maximum, denominator, old_factor, factor = _folded(maximum, denominator, m, l)
+        maximum, denominator, old_factor, factor = _folded(maximum, denominator, m, l, chunk + 1 == count)
         total = tl.fma(total, old_factor, acc * factor)
     row = (first_query + tl.program_id(0)).to(tl.int64)
-    tl.store(out + (row * HEADS + head) * WIDTH + column, total * (1.0 / denominator), mask=column < WIDTH)
+    tl.store(out + (row * HEADS + head) * WIDTH + column, total, mask=column < WIDTH)
 
 
 @dataclass(frozen=True, slots=True)
