@@ -6,6 +6,7 @@ code has four significant bits, and a power of two as a scale adds none; the lea
 2^-31.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -82,13 +83,14 @@ def load_rows(
 ):
     """[n, PADDED] of DTYPE: rows[slots] (int64 [n]) where `there`, zeros elsewhere and behind WIDTH."""
     if FORM == _FP8_KV:
-        return _fp8_kv(rows + shift * _WORD, slots, there, STRIDE, ROPE, WIDTH, PADDED, DTYPE)
+        tile = _fp8_kv(rows + shift * _WORD, slots, there, STRIDE, ROPE, WIDTH, PADDED, DTYPE)
     else:
-        return plain_rows(rows, slots, there, STRIDE, WIDTH, PADDED).to(DTYPE)
+        tile = _plain(rows, slots, there, STRIDE, WIDTH, PADDED).to(DTYPE)
+    return tile
 
 
 @triton.jit
-def plain_rows(rows, slots, there, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _plain(rows, slots, there, STRIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     columns = tl.arange(0, PADDED)
     return tl.load(rows + slots[:, None] * STRIDE + columns[None, :], mask=_wanted(there, WIDTH, PADDED), other=0.0)
 
@@ -99,18 +101,19 @@ def over_rows(tile, rows, slots, there, WIDTH: tl.constexpr, PADDED: tl.constexp
     columns = tl.arange(0, PADDED)
     at = rows + slots[:, None] * WIDTH + columns[None, :]
     if rows.dtype.element_ty == tile.dtype:
-        return tl.load(at, mask=_wanted(there, WIDTH, PADDED), other=tile)  # into the tile's own registers
+        tile = tl.load(at, mask=_wanted(there, WIDTH, PADDED), other=tile)  # into the tile's own registers
     else:
         own = tl.load(at, mask=_wanted(there, WIDTH, PADDED), other=0.0).to(tile.dtype)
-        return tl.where(there[:, None], own, tile)
+        tile = tl.where(there[:, None], own, tile)
+    return tile
 
 
 @triton.jit
 def _wanted(there, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    if WIDTH == PADDED:
-        return there[:, None]
-    else:
-        return there[:, None] & (tl.arange(0, PADDED) < WIDTH)[None, :]
+    wanted = there[:, None]
+    if WIDTH != PADDED:
+        wanted = wanted & (tl.arange(0, PADDED) < WIDTH)[None, :]
+    return wanted
 
 
 @triton.jit
@@ -145,7 +148,10 @@ def _fp8_kv(
             at = (begin + END).to(tl.pointer_type(tl.bfloat16))[:, None] + lane[None, :]
             turned = tl.load(at, mask=there[:, None] & (lane < ROPE)[None, :], other=0.0).to(DTYPE)[:, None, :]
         else:
-            at, rotated = begin[:, None, None] + (END + 2 * (column - END))[None, :, :], (column >= END) & (column < WIDTH)
+            at, rotated = (
+                begin[:, None, None] + (END + 2 * (column - END))[None, :, :],
+                (column >= END) & (column < WIDTH),
+            )
             low = tl.load(at, mask=wanted & rotated[None, :, :], other=0).to(tl.uint16)
             high = tl.load(at + 1, mask=wanted & rotated[None, :, :], other=0).to(tl.uint16)
             turned = (low | (high << 8)).to(tl.bfloat16, bitcast=True).to(DTYPE)
