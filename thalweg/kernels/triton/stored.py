@@ -57,7 +57,7 @@ def placed(stored: StoredRows) -> Placed:
     if stored.packing is Packing.PLAIN:
         return Placed(data, 0, RowForm(PLAIN, data.stride(0), 0))
     assert stored.packing is Packing.FP8_KV, f"rows packed as {stored.packing} hold no keys and values"
-    words, rest = divmod(data.storage_offset(), WORD)
+    words, rest = divmod(int(data.storage_offset()), WORD)
     assert rest == 0 and data.stride(0) % WORD == 0, f"packed rows begin at no multiple of {WORD} bytes"
     return Placed(data.as_strided((1,), (1,), 0), words, RowForm(FP8_KV, data.stride(0), stored.rope_dim))
 
