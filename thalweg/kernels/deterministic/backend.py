@@ -10,7 +10,7 @@ from thalweg.kernels.reference.backend import reference_kernels
 
 
 def deterministic_kernels() -> Kernels:
-    """Bit-equal rows in any company, on a CPU. Norms, rotations, draws and the roundings are the reference's: they compute
+    """Bit-equal rows in any company, on a CPU. Norms, rotations, draws and roundings are the reference's: they compute
     element by element or row by row, and torch sums each row of the last axis by itself."""
     return replace(
         reference_kernels(),
