@@ -13,13 +13,16 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from thalweg.kernels.arguments import AttentionContext, Ints, PagedRows, Segments, StoredRows, Weight
+from thalweg.kernels.arguments import AttentionContext, Ints, Matrix, PagedRows, Segments, StoredRows, Weight
 
 
 class Pack(Protocol):
-    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded."""
+    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded.
 
-    def __call__(self, weight: Tensor) -> Weight: ...
+    A quantised one is widened, exactly, by a backend that does not multiply by it as it is.
+    """
+
+    def __call__(self, weight: Matrix) -> Weight: ...
 
 
 class Linear(Protocol):
