@@ -78,9 +78,9 @@ class Quantised:
     def width(self) -> int:
         return self.data.shape[-1] * (2 if self.data.dtype is torch.uint8 else 1)
 
-    def groups(self, count: int) -> Quantised:
-        """Rows in `count` equal groups, one after another: in FP8 a group is a whole number of blocks."""
-        return Quantised(self.data.unflatten(0, (count, -1)), self.scales.unflatten(0, (count, -1)))
+    def unflatten(self, dim: int, sizes: tuple[int, int]) -> Quantised:
+        """As a tensor's: rows in groups, which in FP8 are whole blocks."""
+        return Quantised(self.data.unflatten(dim, sizes), self.scales.unflatten(dim, sizes))
 
 
 Matrix = Tensor | Quantised

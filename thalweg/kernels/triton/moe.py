@@ -1,8 +1,8 @@
 """Routing and experts. Tokens are sorted by expert on the device; the host knows only how many there are.
 
-Every (token, expert) pair is one row of two grouped products whose tiles hold rows of one expert each: as in tiles.py, a
-row's sums know nothing of the rows beside it, nor of where among them it was put. What the k experts of a token gave is
-added in the order in which the token names them. Temporaries: one row of the inner width and one of the hidden width
+Every (token, expert) pair is one row of two grouped products whose tiles hold rows of one expert each: as in tiles.py,
+a row's sums know nothing of the rows beside it, nor of where among them it was put. What the k experts of a token gave
+is added in the order in which the token names them. Temporaries: one row of the inner width and one of the hidden width
 for every pair.
 """
 

@@ -117,7 +117,9 @@ def tile_product(
             acc = times(acc, scaled(e2m1(codes >> 4), high, OUTPUTS), above)
         else:
             column = first + tl.arange(0, STEP)
-            w = tl.load(weight + n * width + column[None, :], mask=known & (WHOLE | (column < width)[None, :]), other=0.0)
+            w = tl.load(
+                weight + n * width + column[None, :], mask=known & (WHOLE | (column < width)[None, :]), other=0.0
+            )
             if weight.dtype.element_ty == tl.float8e4nv:
                 across = tl.cdiv(width, SCALES_PER_BLOCK)
                 place = n // SCALES_PER_BLOCK * across + first // SCALES_PER_BLOCK
