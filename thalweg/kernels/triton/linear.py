@@ -14,15 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Quantised, Weight
-from thalweg.kernels.triton.tiles import pair_columns, step_of, tile_product
+from thalweg.kernels.triton.launch import Launch
+from thalweg.kernels.triton.tiles import TYPES, options_of, pair_columns, step_of, tile_product
 
 ROWS = 64  # of x in a tile: a decode step pays for all of them, which still takes less than reading FP8 weights
 OUTPUTS, FEW_OUTPUTS = 128, 64
 PROGRAMS = 128  # that should be under way at least: an H100 has 132 processors, a B200 148
 SHORTEST = 512  # columns of one part: shorter ones would be mostly filling and draining of the pipeline
 ADDED = 1024  # elements that one program adds up
-OPTIONS = {"num_warps": 8, "num_stages": 3}
+ADDING = {"num_warps": 4, "num_stages": 3}
 
 
 def pack(weight: Tensor | Quantised) -> Weight:
@@ -65,25 +67,29 @@ def _product(x: Tensor, weight: Weight, groups: int) -> Tensor:
     apart = count > 1 and programs * groups < PROGRAMS
     sums = x.new_empty((count, rows, groups, outputs), dtype=torch.float32) if apart else result
     data, scales = weight.data, weight.data if weight.scales is None else weight.scales
-    step = step_of(data.dtype, x.dtype)
     product_tile[(programs, count if apart else 1, groups)](
         x, data, scales, sums, rows, outputs, width, length, x.stride(0), x.stride(1),
         data[0].numel() if data.dim() > 2 else 0, scales[0].numel() if scales.dim() > 2 else 0,
-        OUTPUTS=tile, ROWS=ROWS, STEP=step, WHOLE=width % step == 0, APART=apart, **OPTIONS,
+        **tile_constants(data.dtype, width, tile, 1 if apart else count), **options_of(tile, x.dtype),
     )  # fmt: skip
     if apart:
         size = result.numel()
-        add_parts[(triton.cdiv(size, ADDED),)](sums, result, size, count, ADDED=ADDED, num_warps=4)
+        add_parts[(triton.cdiv(size, ADDED),)](sums, result, size, count, ADDED=ADDED, **ADDING)
     return result
+
+
+def tile_constants(weight: torch.dtype, width: int, tile: int, count: int) -> dict[str, int | bool]:
+    step = step_of(weight)
+    return {"OUTPUTS": tile, "ROWS": ROWS, "STEP": step, "WHOLE": width % step == 0, "PARTS": count}
 
 
 @triton.jit
 def product_tile(
     x, weight, scales, out, rows, outputs, width, length, x_row, x_group, weight_group, scales_group,
-    OUTPUTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, APART: tl.constexpr,
+    OUTPUTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [R, G, N], or of one part of it in out [parts, R, G, N]. Neighbouring programs have the same
-    weights and other rows."""
+    """One tile of out [R, G, N] with all PARTS, or of one part of it in out [parts, R, G, N]. Neighbouring programs
+    have the same weights and other rows."""
     row_tiles = tl.cdiv(rows, ROWS)
     m = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) // row_tiles * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -94,14 +100,17 @@ def product_tile(
     own = x + m.to(tl.int64) * x_row + group * x_group
     weight += group * weight_group
     scales += group * scales_group
-    last = part + 1 if APART else tl.cdiv(width, length)
-    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for number in range(part, last):
-        begin = number * length
-        end = tl.minimum(begin + length, width)
-        total += tile_product(
-            own, present, weight, scales, n, known, begin, end, width, OUTPUTS, ROWS, STEP, WHOLE
-        )  # fmt: skip
+    total = tile_product(
+        own, present, weight, scales, n, known, part * length, tl.minimum(part * length + length, width), width,
+        OUTPUTS, ROWS, STEP, WHOLE,
+    )  # fmt: skip
+    if PARTS > 1:
+        for number in range(1, PARTS):
+            begin = number * length
+            end = tl.minimum(begin + length, width)
+            total += tile_product(
+                own, present, weight, scales, n, known, begin, end, width, OUTPUTS, ROWS, STEP, WHOLE
+            )  # fmt: skip
     row = (part.to(tl.int64) * rows + m) * tl.num_programs(2) + group
     place = out + row[None, :] * outputs + n[:, None]
     tl.store(place, total.to(out.dtype.element_ty), mask=known[:, None] & present[None, :])
@@ -118,3 +127,55 @@ def add_parts(parts, out, size, count, ADDED: tl.constexpr):
         total += tl.load(own, mask=there, other=0.0)
         own += size
     tl.store(out + place, total.to(out.dtype.element_ty), mask=there)
+
+
+def launches(config: ModelConfig) -> list[Launch]:
+    """Each matrix of a released model with few rows, the width's parts then being apart, and with many."""
+    bf16, fp8, fp32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
+    hidden, heads, rank, inner = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.o_lora_rank
+    shared = config.moe_intermediate_size
+    matrices = (
+        ("linear", "query, down", fp8, bf16, 1, config.q_lora_rank, hidden),
+        ("linear", "query, up", fp8, bf16, 1, heads * config.head_dim, rank),
+        ("linear", "key", fp8, bf16, 1, config.head_dim, hidden),
+        (
+            "grouped_linear",
+            "output, down",
+            fp8,
+            bf16,
+            config.o_groups,
+            inner,
+            heads * config.head_dim // config.o_groups,
+        ),
+        ("linear", "output, up", fp8, bf16, 1, hidden, config.o_groups * inner),
+        ("linear", "index query", fp8, bf16, 1, config.index_heads * config.index_head_dim, rank),
+        ("linear", "index weights", bf16, bf16, 1, config.index_heads, hidden),
+        ("linear", "compressor", bf16, fp32, 1, 4 * config.head_dim, hidden),
+        ("linear", "router", bf16, fp32, 1, config.num_experts, hidden),
+        ("linear", "shared expert, up", fp8, bf16, 1, shared, hidden),
+        ("linear", "shared expert, down", fp8, bf16, 1, hidden, shared),
+        ("linear", "head", bf16, fp32, 1, config.vocab_size, hidden),
+    )
+    found = [launch for matrix in matrices for launch in _of_matrix(*matrix)]
+    return found + [_addition(dtype) for dtype in (bf16, fp32)]
+
+
+def _of_matrix(
+    op: str, what: str, weight: torch.dtype, x: torch.dtype, groups: int, outputs: int, width: int
+) -> list[Launch]:
+    tile, _, count = parts(groups, outputs, width)
+    integers = ("rows", "outputs", "width", "length", "x_row", "x_group", "weight_group", "scales_group")
+    made = []
+    for name, own, out in (("parts apart", 1, torch.float32), ("whole", count, x))[count == 1 :]:
+        types = {"x": TYPES[x], "weight": TYPES[weight], "scales": "*u8", "out": TYPES[out]} | dict.fromkeys(
+            integers, "i32"
+        )
+        constants, options = tile_constants(weight, width, tile, own), options_of(tile, x)
+        shape = f"{what} {width} to {outputs}, {name}"
+        made.append(Launch(op, shape, product_tile, types, constants, options, True, integers[1:]))
+    return made
+
+
+def _addition(dtype: torch.dtype) -> Launch:
+    types = {"parts": "*fp32", "out": TYPES[dtype], "size": "i32", "count": "i32"}
+    return Launch("linear", f"parts added to {dtype}", add_parts, types, {"ADDED": ADDED}, ADDING)

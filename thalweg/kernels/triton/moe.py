@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thalweg.config.model import ModelConfig
 from thalweg.kernels.arguments import Weight
-from thalweg.kernels.triton.tiles import step_of, tile_product
+from thalweg.kernels.triton.launch import Launch
+from thalweg.kernels.triton.tiles import TYPES, options_of, step_of, tile_product
 
 ROWS = 32  # pairs in a tile: few of a step choose the same expert, and a lone one pays for the whole tile
 OUTPUTS = 128  # of a tile; of gate and up 64 each
-OPTIONS = {"num_warps": 4, "num_stages": 4}
+SORTING, PLAIN = {"num_warps": 8, "num_stages": 3}, {"num_warps": 4, "num_stages": 3}
 SCANNED = 1024  # pairs that are looked at together
 ELEMENTS = 1024  # that one program computes
 
@@ -32,7 +34,7 @@ def route(logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, sc
         route_token[(tokens,)](
             logits, logits if bias is None else bias, ids, weights, scale, experts, ids.shape[1],
             BIASED=bias is not None, CHOSEN=chosen is not None,
-            EXPERTS=triton.next_power_of_2(experts), K=triton.next_power_of_2(ids.shape[1]), num_warps=4,
+            EXPERTS=triton.next_power_of_2(experts), K=triton.next_power_of_2(ids.shape[1]), **PLAIN,
         )  # fmt: skip
     return ids, weights
 
@@ -44,7 +46,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     if size := result.numel():
         strides = gate.stride(-2) if gate.dim() > 1 else width, up.stride(-2) if up.dim() > 1 else width
         gate_elements[(triton.cdiv(size, ELEMENTS),)](
-            gate, up, result, size, width, *strides, limit, ELEMENTS=ELEMENTS, num_warps=4
+            gate, up, result, size, width, *strides, limit, ELEMENTS=ELEMENTS, **PLAIN
         )
     return result
 
@@ -61,7 +63,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weight, down: Weig
     _product(x, gate_up, order, tiles, gated, weights, limit, k)
     _product(gated, down, order, tiles, given, None, limit, 1)
     size = result.numel()
-    add_experts[(triton.cdiv(size, ELEMENTS),)](given, result, size, hidden, k, ELEMENTS=ELEMENTS, num_warps=4)
+    add_experts[(triton.cdiv(size, ELEMENTS),)](given, result, size, hidden, k, ELEMENTS=ELEMENTS, **PLAIN)
     return result
 
 
@@ -73,7 +75,7 @@ def _sorted(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     tiles = ids.new_empty((min(pairs, pairs // ROWS + count), 3), dtype=torch.int32)
     sort_pairs[(count,)](
         ids, order, tiles, pairs, len(tiles), ROWS=ROWS, EXPERTS=triton.next_power_of_2(count), SCANNED=SCANNED,
-        num_warps=8,
+        **SORTING,
     )  # fmt: skip
     return order, tiles
 
@@ -84,14 +86,19 @@ def _product(
     """Each pair's row of x, or its token's where k > 1 pairs share one, times its expert's matrix. With `weights` that
     matrix has gate and up rows, and what is written is gated and weighted."""
     data, scales = weight.data, weight.data if weight.scales is None else weight.scales
-    step, outputs = step_of(data.dtype, x.dtype), out.shape[1]
+    outputs = out.shape[1]
     gated = weights is not None
     own = OUTPUTS // 2 if gated else OUTPUTS
     expert_tile[(len(tiles), triton.cdiv(outputs, own))](
         x, data, scales, order, tiles, out if weights is None else weights, out, outputs, weight.width, limit, k,
-        data[0].numel(), scales[0].numel(), OUTPUTS=OUTPUTS, ROWS=ROWS, STEP=step, WHOLE=weight.width % step == 0,
-        GATED=gated, **OPTIONS,
+        data[0].numel(), scales[0].numel(), **_tile_constants(data.dtype, weight.width, gated=gated),
+        **options_of(OUTPUTS, x.dtype),
     )  # fmt: skip
+
+
+def _tile_constants(weight: torch.dtype, width: int, *, gated: bool) -> dict[str, int | bool]:
+    step = step_of(weight)
+    return {"OUTPUTS": OUTPUTS, "ROWS": ROWS, "STEP": step, "WHOLE": width % step == 0, "GATED": gated}
 
 
 @triton.jit
@@ -232,3 +239,41 @@ def add_experts(given, out, size, hidden, k, ELEMENTS: tl.constexpr):
         total += tl.load(own, mask=there, other=0.0).to(tl.float32)
         own += hidden
     tl.store(out + place, total, mask=there)
+
+
+def launches(config: ModelConfig) -> list[Launch]:
+    """Experts in FP4, as released models have them, and in FP8, as base models do."""
+    hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    wide, k = triton.next_power_of_2(experts), triton.next_power_of_2(config.experts_per_token)
+    route = {"logits": "*fp32", "bias": "*fp32", "ids": "*i64", "weights": "*fp32", "scale": "fp32"}
+    route |= {"experts": "i32", "k": "i32"}
+    swiglu = dict.fromkeys(("gate", "up"), "*bf16") | {"out": "*fp32"}
+    swiglu |= dict.fromkeys(("size", "width", "gate_row", "up_row"), "i32") | {"limit": "fp32"}
+    order = {"ids": "*i64", "order": "*i32", "tiles": "*i32", "pairs": "i32", "most": "i32"}
+    added = {"given": "*bf16", "out": "*fp32"} | dict.fromkeys(("size", "hidden", "k"), "i32")
+    sorting, adding = {"ROWS": ROWS, "EXPERTS": wide, "SCANNED": SCANNED}, {"ELEMENTS": ELEMENTS}
+    return [
+        *(
+            Launch("route", what, route_token, route, {**how, "EXPERTS": wide, "K": k}, PLAIN, aligned=("experts",))
+            for what, how in (
+                ("by score", {"BIASED": True, "CHOSEN": False}),
+                ("by token", {"BIASED": False, "CHOSEN": True}),
+            )
+        ),
+        Launch("swiglu", f"{inner}", gate_elements, swiglu, adding, PLAIN, aligned=("width", "gate_row", "up_row")),
+        Launch("experts", f"pairs of {experts} sorted", sort_pairs, order, sorting, SORTING),
+        *(_of_experts(weight, hidden, inner, gated=True) for weight in (torch.uint8, torch.float8_e4m3fn)),
+        *(_of_experts(weight, inner, hidden, gated=False) for weight in (torch.uint8, torch.float8_e4m3fn)),
+        Launch("experts", "experts added", add_experts, added, adding, PLAIN, aligned=("hidden", "size")),
+    ]
+
+
+def _of_experts(weight: torch.dtype, width: int, outputs: int, *, gated: bool) -> Launch:
+    x, form = torch.bfloat16, "FP4" if weight is torch.uint8 else "FP8"
+    types = {"x": TYPES[x], "weight": TYPES[weight], "scales": "*u8", "order": "*i32", "tiles": "*i32"}
+    types |= {"weights": "*fp32" if gated else TYPES[x], "out": TYPES[x], "outputs": "i32", "width": "i32"}
+    types |= {"limit": "fp32", "k": "i32", "weight_expert": "i32", "scales_expert": "i32"}
+    what = f"{form}, {'gate and up' if gated else 'down'} {width} to {outputs}"
+    aligned = ("outputs", "width", "weight_expert", "scales_expert")
+    constants = _tile_constants(weight, width, gated=gated)
+    return Launch("experts", what, expert_tile, types, constants, options_of(OUTPUTS, x), True, aligned)

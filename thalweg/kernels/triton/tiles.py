@@ -24,14 +24,22 @@ from thalweg.kernels.arguments import FP8_BLOCK
 
 SCALES_PER_BLOCK = tl.constexpr(FP8_BLOCK)
 PAIRED = 128  # columns whose FP4 codes are rearranged together: a byte has column j of them and column j + 64
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8"}
 HALF, GROUP = tl.constexpr(PAIRED // 2), tl.constexpr(32)
 
 
-def step_of(weight: torch.dtype, x: torch.dtype) -> int:
-    """Columns of the weight that one turn of the loop takes: as many as two or three stages of shared memory hold."""
+def step_of(weight: torch.dtype) -> int:
+    """Columns of the weight that one turn of the loop takes: 64 to 128 bytes of a row, and so few registers for widened
+    weights that two blocks share a processor."""
     if weight is torch.float32:
         return 32
-    return 64 if weight is torch.bfloat16 else PAIRED
+    return PAIRED if weight is torch.uint8 else 64
+
+
+def options_of(outputs: int, x: torch.dtype) -> dict[str, int]:
+    """How a tile is launched: a group of four warps has 64 outputs. fp32 rows leave shared memory for fewer stages."""
+    warps = 4 * outputs // 64
+    return {"num_warps": warps, "num_stages": 3 if x is torch.float32 else 4, "maxnreg": 32768 // (32 * warps)}
 
 
 def pair_columns(codes: Tensor) -> Tensor:
