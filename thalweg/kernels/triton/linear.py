@@ -132,22 +132,14 @@ def add_parts(parts, out, size, count, ADDED: tl.constexpr):
 def launches(config: ModelConfig) -> list[Launch]:
     """Each matrix of a released model with few rows, the width's parts then being apart, and with many."""
     bf16, fp8, fp32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
-    hidden, heads, rank, inner = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.o_lora_rank
-    shared = config.moe_intermediate_size
+    hidden, rank, groups, low = config.hidden_size, config.q_lora_rank, config.o_groups, config.o_lora_rank
+    heads, shared = config.num_attention_heads * config.head_dim, config.moe_intermediate_size
     matrices = (
-        ("linear", "query, down", fp8, bf16, 1, config.q_lora_rank, hidden),
-        ("linear", "query, up", fp8, bf16, 1, heads * config.head_dim, rank),
+        ("linear", "query, down", fp8, bf16, 1, rank, hidden),
+        ("linear", "query, up", fp8, bf16, 1, heads, rank),
         ("linear", "key", fp8, bf16, 1, config.head_dim, hidden),
-        (
-            "grouped_linear",
-            "output, down",
-            fp8,
-            bf16,
-            config.o_groups,
-            inner,
-            heads * config.head_dim // config.o_groups,
-        ),
-        ("linear", "output, up", fp8, bf16, 1, hidden, config.o_groups * inner),
+        ("grouped_linear", "output, down", fp8, bf16, groups, low, heads // groups),
+        ("linear", "output, up", fp8, bf16, 1, hidden, groups * low),
         ("linear", "index query", fp8, bf16, 1, config.index_heads * config.index_head_dim, rank),
         ("linear", "index weights", bf16, bf16, 1, config.index_heads, hidden),
         ("linear", "compressor", bf16, fp32, 1, 4 * config.head_dim, hidden),
@@ -167,9 +159,8 @@ def _of_matrix(
     integers = ("rows", "outputs", "width", "length", "x_row", "x_group", "weight_group", "scales_group")
     made = []
     for name, own, out in (("parts apart", 1, torch.float32), ("whole", count, x))[count == 1 :]:
-        types = {"x": TYPES[x], "weight": TYPES[weight], "scales": "*u8", "out": TYPES[out]} | dict.fromkeys(
-            integers, "i32"
-        )
+        types = {"x": TYPES[x], "weight": TYPES[weight], "scales": "*u8", "out": TYPES[out]}
+        types |= dict.fromkeys(integers, "i32")
         constants, options = tile_constants(weight, width, tile, own), options_of(tile, x)
         shape = f"{what} {width} to {outputs}, {name}"
         made.append(Launch(op, shape, product_tile, types, constants, options, True, integers[1:]))
