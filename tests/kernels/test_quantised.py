@@ -127,3 +127,41 @@ def test_few_rows_and_many_take_the_same_sums(kernels: Kernels) -> None:
     packed = kernels.pack(weight)
     together = kernels.linear(x, packed)
     assert torch.equal(kernels.linear(x[70:72], packed), together[70:72])
+
+
+def executed(code: str, word: int) -> list[int]:
+    """Results of a few PTX instructions on 32-bit registers, one operand given: what the interpreter does not run."""
+    values = {"$4": word}
+
+    def value(name: str) -> int:
+        return values[name] if name in values else int(name, 0)
+
+    def permuted(a: int, b: int, selector: int) -> int:
+        every = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+        return int.from_bytes(bytes(every[selector >> 4 * i & 7] for i in range(4)), "little")
+
+    operations = {
+        "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
+        "and.b32": lambda a, b: a & b,
+        "or.b32": lambda a, b: a | b,
+        "prmt.b32": permuted,
+    }
+    for line in code.strip("{} \n").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        if operation and not operation.startswith(".reg"):
+            target, *given = (operand.strip() for operand in operands.split(","))
+            values[target] = operations[operation](*map(value, given))
+    return [values[f"${i}"] for i in range(4)]
+
+
+def test_codes_spread_by_the_gpu_are_those_spread_by_the_interpreter() -> None:
+    from thalweg.kernels.triton.tiles import SPREAD
+
+    pairs = torch.arange(256, dtype=torch.int16).view(-1, 4)
+    for numbers in pairs.tolist():
+        found = executed(SPREAD.value, int.from_bytes(bytes(numbers), "little"))
+        halves = [half for register in found for half in (register & 0xFFFF, register >> 16)]
+        spread = [
+            (code & 7) << 6 | (code & 8) << 12 for code in (*(n & 15 for n in numbers), *(n >> 4 for n in numbers))
+        ]
+        assert halves == spread
