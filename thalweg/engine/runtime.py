@@ -17,7 +17,7 @@ from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
 from thalweg.cache.policy import CheckpointPolicy, WindowPolicy, bounded_replay_tokens, exact_replay_tokens
 from thalweg.cache.prefix_index import Namespace
-from thalweg.checkpoint.loader import bfloat16_parameters, load_parameters
+from thalweg.checkpoint.loader import kept_forms, load_parameters
 from thalweg.checkpoint.parameters import parameters
 from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from thalweg.config.model import LayerKind, ModelConfig
@@ -104,13 +104,13 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         compute=_DTYPES.get(options.dtype, torch.float32),
         wanted=options.kernels,
     )
-    numerics, choices = _numerics(options, config, device, narrow=kernel_set.narrow)
-    narrow = bfloat16_parameters(checkpoint) if kernel_set.narrow else frozenset()
-    budget, why = _cache_bytes(options, device, weight_bytes(config, numerics.compute, narrow))
+    numerics, choices = _numerics(options, config, device, narrow=torch.bfloat16 in kernel_set.forms)
+    kept = kept_forms(checkpoint, kernel_set.forms)
+    budget, why = _cache_bytes(options, device, weight_bytes(config, numerics.compute, kept))
     groups, plan = _cache_plan(options, config, numerics, budget, choices)
     choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
     max_model_len = _max_model_len(options, config, plan, choices)
-    weights = allocate(config, numerics.compute, device, narrow)
+    weights = allocate(config, numerics.compute, device, kept)
     _load(checkpoint, weights, progress)
     if options.deterministic:
         choices.append(_checked_products(weights, kernel_set))
@@ -249,11 +249,11 @@ def _device(options: EngineOptions) -> torch.device:
 def _numerics(
     options: EngineOptions, config: ModelConfig, device: torch.device, *, narrow: bool
 ) -> tuple[Numerics, list[Choice]]:
-    """Dtypes. `narrow`: the kernels compute in fp32 with weights that stay bfloat16."""
+    """Dtypes. `narrow`: under fp32 activations too the kernels multiply by weights that stay bfloat16."""
     compute, why = options.dtype, "as set"
     use_cuda = device.type == "cuda"
-    if compute == "auto" and narrow:
-        compute, why = "float32", "the compiled kernels' own; weights stay as narrow as the checkpoint has them"
+    if compute == "auto" and narrow and not use_cuda:
+        compute, why = "float32", "these kernels' own on a CPU; weights stay as narrow as the checkpoint has them"
     elif compute == "auto":
         wide = 4 * sum(p.elements for p in parameters(config))
         fits = wide <= _FLOAT32_SHARE * psutil.virtual_memory().total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
@@ -57,14 +57,52 @@ class Segments:
         return len(self.starts)
 
 
+FP8_BLOCK = 128  # rows and columns under one scale
+FP4_GROUP = 32  # columns of a row under one scale
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix [N, K], or several [G, N, K], in the bytes of a checkpoint (model-spec 5). FP8: `data` e4m3 [..., N, K],
+    `scales` uint8 [..., ceil(N/128), ceil(K/128)]. FP4: `data` uint8 [..., N, K/2], two e2m1 to a byte, the even column
+    in its low half, `scales` uint8 [..., N, K/32]. A scale is 2^(byte - 127)."""
+
+    data: Tensor
+    scales: Tensor
+
+    @property
+    def outputs(self) -> int:
+        return self.data.shape[-2]
+
+    @property
+    def width(self) -> int:
+        return self.data.shape[-1] * (2 if self.data.dtype is torch.uint8 else 1)
+
+    def unflatten(self, dim: int, sizes: tuple[int, int]) -> Quantised:
+        """As a tensor's: rows in groups, which in FP8 are whole blocks."""
+        return Quantised(self.data.unflatten(dim, sizes), self.scales.unflatten(dim, sizes))
+
+
+Matrix = Tensor | Quantised
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """Matrices of one form, one after another along the first axis: in FP8 all but the last are whole blocks."""
+    data = torch.cat([part if isinstance(part, Tensor) else part.data for part in parts])
+    scales = [part.scales for part in parts if isinstance(part, Quantised)]
+    return Quantised(data, torch.cat(scales)) if scales else data
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A matrix [outputs, width], or several of them one after another [groups, outputs, width], as Kernels.pack made
-    it: `data` is in the form that its backend alone reads. Every other op that takes one names its logical shape."""
+    it: `data` and `scales` are in the form that its backend alone reads. Every other op that takes one names its
+    logical shape."""
 
     data: Tensor
     outputs: int
     width: int
+    scales: Tensor | None = None
 
 
 class Packing(StrEnum):

@@ -18,6 +18,7 @@ from thalweg.kernels.arguments import (
     AttentionContext,
     EntryTarget,
     Ints,
+    Matrix,
     PagedRows,
     Segments,
     StoredRows,
@@ -27,9 +28,12 @@ from thalweg.kernels.arguments import (
 
 
 class Pack(Protocol):
-    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded."""
+    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded.
 
-    def __call__(self, weight: Tensor) -> Weight: ...
+    A quantised one is widened, exactly, by a backend that does not multiply by it as it is.
+    """
+
+    def __call__(self, weight: Matrix) -> Weight: ...
 
 
 class Linear(Protocol):

@@ -30,14 +30,15 @@ class KernelChoice:
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `narrow`: weights may stay
-    in bfloat16 under fp32 activations. `missing`: why there are no compiled kernels where a device could have them.
+    """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `forms`: those of
+    weights that they multiply by as they are, under any activations: bfloat16, float8_e4m3fn for FP8 with scales, uint8
+    for pairs of FP4 with scales. `missing`: why there are no compiled kernels where a device could have them.
     `repeat` makes what repeats steps, where these kernels can be repeated."""
 
     kernels: Kernels
     choices: tuple[KernelChoice, ...]
     exact: bool = False
-    narrow: bool = False
+    forms: frozenset[torch.dtype] = frozenset()
     missing: str = ""
     repeat: MakeRepeat | None = None
 
@@ -80,7 +81,8 @@ def _triton(device: torch.device, wanted: str) -> KernelSet:
         KernelChoice(op, "triton" if ours else "reference", why if ours else "torch's own is as good")
         for op, ours in own.items()
     )
-    return KernelSet(kernels, tuple(choices), exact=True)
+    forms = frozenset({torch.bfloat16, torch.float8_e4m3fn, torch.uint8})
+    return KernelSet(kernels, tuple(choices), exact=True, forms=forms)
 
 
 def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> KernelSet:
@@ -103,7 +105,9 @@ def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> Kernel
             choices.append(KernelChoice(field.name, "deterministic", "not compiled; bits of a row depend on it alone"))
         else:
             choices.append(KernelChoice(field.name, f"cpu-{library.level.value}", why))
-    return KernelSet(kernels, tuple(choices), exact=True, narrow=True, repeat=partial(Calls, library))
+    return KernelSet(
+        kernels, tuple(choices), exact=True, forms=frozenset({torch.bfloat16}), repeat=partial(Calls, library)
+    )
 
 
 def _plain(device: torch.device, deterministic: bool, missing: str) -> KernelSet:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-Shapes = Mapping[str, int]
+Shapes = Mapping[str, float]
 
 
 def _none(sizes: Shapes) -> float:
@@ -202,7 +202,7 @@ OPS: tuple[OpSpec, ...] = (
         "Hadamard rotation and e2m1 rounding in blocks of 32",
         0.0,
         ("rows", "width", "element"),
-        lambda s: s["rows"] * s["width"] * (s["width"].bit_length() + 8),
+        lambda s: s["rows"] * s["width"] * (int(s["width"]).bit_length() + 8),
         lambda s: 2 * s["rows"] * s["width"] * s["element"],
     ),
     OpSpec(

@@ -37,13 +37,16 @@ def _products() -> Iterator[Case]:
     shapes = [(1, 64, 96), (ROWS, 1, 1), (ROWS, 33, 15), (ROWS, 257, 97), (7, 512, 64), (200, 300, 40)]
     for count, width, outputs in shapes:
         yield rows.linear(f"{count} x {width} x {outputs}", count, width, outputs)
-    yield rows.linear(f"{ROWS} x 257 x 97, bfloat16 weights", ROWS, 257, 97, narrow=True)
-    yield rows.linear("1 x 512 x 130, bfloat16 weights", 1, 512, 130, narrow=True)
+    yield rows.linear(f"{ROWS} x 257 x 97, bfloat16 weights", ROWS, 257, 97, form="bfloat16")
+    yield rows.linear("1 x 512 x 130, bfloat16 weights", 1, 512, 130, form="bfloat16")
+    for form, count, width, outputs in (("fp8", ROWS, 257, 130), ("fp4", ROWS, 160, 70), ("fp4", 1, 640, 33)):
+        yield rows.linear(f"{count} x {width} x {outputs}, {form} weights", count, width, outputs, form=form)
     yield rows.linear("long sums: 3 x 4096 x 33", 3, 4096, 33)
     for count, groups, width, outputs in ((1, 2, 64, 32), (ROWS, 3, 16, 10), (70, 2, 255, 65)):
         shape = f"{count} x {groups} x {width} x {outputs}"
         yield rows.grouped_linear(shape, count, groups, width, outputs)
-    yield rows.grouped_linear("9 x 2 x 64 x 48, bfloat16 weights", 9, 2, 64, 48, narrow=True)
+    yield rows.grouped_linear("9 x 2 x 64 x 48, bfloat16 weights", 9, 2, 64, 48, form="bfloat16")
+    yield rows.grouped_linear("9 x 2 x 130 x 128, fp8 weights", 9, 2, 130, 128, form="fp8")
 
 
 def _mixes() -> Iterator[Case]:
@@ -90,7 +93,8 @@ def _experts() -> Iterator[Case]:
     ):
         shape = f"{count} x {hidden}, {k} of {experts} x {inner}"
         yield rows.experts(shape, count, experts, k, hidden, inner, limit=LIMIT)
-    yield rows.experts("5 x 64, 2 of 4 x 40, bfloat16 weights", 5, 4, 2, 64, 40, limit=LIMIT, narrow=True)
+    for form, inner in (("bfloat16", 40), ("fp8", 64), ("fp4", 96)):
+        yield rows.experts(f"5 x 64, 2 of 4 x {inner}, {form} weights", 5, 4, 2, 64, inner, limit=LIMIT, form=form)
 
 
 def _attention() -> Iterator[Case]:

@@ -1,6 +1,7 @@
 """What a GPU that serves a model at full width asks of each op: decode steps and a prefill chunk at growing context.
 
-Activations are bfloat16, KV rows 584 bytes, index keys FP4: the formats in which V4 is served.
+Activations are bfloat16, experts FP4, other matrices FP8 but for the head, KV rows 584 bytes, index keys FP4: the
+formats in which V4 is released and served.
 """
 
 from __future__ import annotations
@@ -50,15 +51,13 @@ def _products(config: ModelConfig) -> Iterator[Case]:
     }
     for step, count in STEPS.items():
         for name, (width, outputs) in shapes.items():
-            yield rows.linear(
-                f"{step}, {name} {width} to {outputs}, bfloat16 weights", count, width, outputs, narrow=True
-            )
+            yield rows.linear(f"{step}, {name} {width} to {outputs}, fp8 weights", count, width, outputs, form="fp8")
         groups, outputs = config.o_groups, config.o_lora_rank
-        shape = f"{step}, {groups} times {heads // groups} to {outputs}, bfloat16 weights"
-        yield rows.grouped_linear(shape, count, groups, heads // groups, outputs, narrow=True)
+        shape = f"{step}, {groups} times {heads // groups} to {outputs}, fp8 weights"
+        yield rows.grouped_linear(shape, count, groups, heads // groups, outputs, form="fp8")
         if count != CHUNK:  # logits are wanted of single tokens
             shape = f"{step}, head {hidden} to {config.vocab_size}, bfloat16 weights"
-            yield rows.linear(shape, count, hidden, config.vocab_size, narrow=True)
+            yield rows.linear(shape, count, hidden, config.vocab_size, form="bfloat16")
 
 
 def _elements(config: ModelConfig) -> Iterator[Case]:
@@ -118,8 +117,8 @@ def _experts(config: ModelConfig) -> Iterator[Case]:
     for step, count in STEPS.items():
         yield rows.route(f"{step}, {k} of {config.num_experts}", count, config.num_experts, k)
         made = min(config.num_experts, count * k)
-        shape = f"{step}, {k} of {made} times {hidden} to {inner}, bfloat16 weights"
-        yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, narrow=True)
+        shape = f"{step}, {k} of {made} times {hidden} to {inner}, fp4 weights"
+        yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, form="fp4")
 
 
 def _stored(config: ModelConfig) -> Iterator[Case]:

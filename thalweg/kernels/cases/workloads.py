@@ -16,6 +16,7 @@ from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
 from thalweg.kernels.spec import OPS
 
+WIDE_FORMS = ("float32", "bfloat16")  # of weights: on a CPU narrower ones are widened when they are loaded
 MODELS = ("default", "race", "flash")
 DECODE, BATCH, CHUNK = 1, 8, 1024
 SHORT, LONG = 1 << 16, 1 << 20  # tokens of context
@@ -67,19 +68,17 @@ def _linear(config: ModelConfig) -> Iterator[Case]:
         for count, step in _NAMES.items():
             if name == "head" and count == CHUNK:  # logits are wanted of single tokens
                 continue
-            for narrow in (False, True):
-                shape = f"{step}, {name} {width} to {outputs}, {'bfloat16' if narrow else 'float32'} weights"
-                yield rows.linear(shape, count, width, outputs, narrow=narrow)
+            for form in WIDE_FORMS:
+                shape = f"{step}, {name} {width} to {outputs}, {form} weights"
+                yield rows.linear(shape, count, width, outputs, form=form)
 
 
 def _grouped(config: ModelConfig) -> Iterator[Case]:
     width, outputs = config.num_attention_heads * config.head_dim // config.o_groups, config.o_lora_rank
     for count, step in _NAMES.items():
-        for narrow in (False, True):
-            shape = (
-                f"{step}, {config.o_groups} times {width} to {outputs}, {'bfloat16' if narrow else 'float32'} weights"
-            )
-            yield rows.grouped_linear(shape, count, config.o_groups, width, outputs, narrow=narrow)
+        for form in WIDE_FORMS:
+            shape = f"{step}, {config.o_groups} times {width} to {outputs}, {form} weights"
+            yield rows.grouped_linear(shape, count, config.o_groups, width, outputs, form=form)
 
 
 def _elements(config: ModelConfig) -> Iterator[Case]:
@@ -173,9 +172,9 @@ def _experts(config: ModelConfig) -> Iterator[Case]:
     for count, step in _NAMES.items():
         yield rows.route(f"{step}, {k} of {config.num_experts}", count, config.num_experts, k)
         made = min(fit, config.num_experts if count == CHUNK else count * k)
-        for narrow in (False, True):
-            shape = f"{step}, {k} of {made} times {hidden} to {inner}, {'bfloat16' if narrow else 'float32'} weights"
-            yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, narrow=narrow)
+        for form in WIDE_FORMS:
+            shape = f"{step}, {k} of {made} times {hidden} to {inner}, {form} weights"
+            yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, form=form)
 
 
 def _stored(config: ModelConfig) -> Iterator[Case]:

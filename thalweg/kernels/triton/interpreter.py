@@ -1,12 +1,13 @@
 """Triton's interpreter, repaired: kernels run on a CPU with the arithmetic that a GPU would do.
 
-As it comes (3.6 to 3.9) it multiplies the bit patterns of bfloat16 in tl.dot, cuts fp32 to bfloat16 instead of rounding
+As it comes (3.6 to 3.9) it adds and multiplies the bit patterns of bfloat16, cuts fp32 to bfloat16 instead of rounding
 and loses carries in casts to fp8; it also prepares the language anew in every call of one function by another, which
 takes most of the time of small kernels. Programs run one after another: it proves arithmetic and indexing, never races.
 """
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ def repair() -> None:
     interpreter._convert_float = _convert
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter._patch_lang = _prepare
+    for name, operation in (("create_fadd", np.add), ("create_fsub", np.subtract), ("create_fmul", np.multiply)):
+        setattr(interpreter.InterpreterBuilder, name, partialmethod(_element_by_element, operation=operation))
 
 
 def _prepare(function: Any) -> Any:
@@ -66,6 +69,14 @@ def _wide(handle: Any) -> Any:
     if scalar not in _TORCH or scalar is tl.float32:
         return handle.data
     return _as_torch(handle.data, scalar).float().numpy().reshape(handle.data.shape)
+
+
+def _element_by_element(self: Any, a: Any, b: Any, *, operation: Any) -> Any:
+    scalar = a.dtype.scalar
+    if scalar is not tl.bfloat16:
+        return self.binary_op(a, b, operation)
+    values = operation(_wide(a), _wide(b))
+    return interpreter.TensorHandle(_convert(values, tl.float32, scalar, None), scalar)
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
