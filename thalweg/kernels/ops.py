@@ -158,7 +158,8 @@ class RoundIndexFp8(Protocol):
 
 
 class StoreRows(Protocol):
-    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format.
+    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format; nothing for
+    a slot of -1.
 
     Packing rounds as round_kv, round_index_fp8 or (keys being rotated already) round_index do, and holds rows that were
     rounded by round_kv or round_index exactly.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thalweg.kernels.arguments import plain_rows
 from thalweg.kernels.ops import Kernels
 from thalweg.model.inputs import CacheRows, CompressorInputs, RowWrites
 from thalweg.model.rotary import Angles
@@ -19,13 +20,6 @@ class CompressorStreams:
 
     pending: str
     tail: str | None
-
-
-def write_rows(cache_rows: Tensor, writes: RowWrites, rows: Tensor) -> None:
-    """Scatter new rows into a cache stream."""
-    if len(writes.slots) == 0:
-        return
-    cache_rows.index_copy_(0, writes.slots, writes.of(rows).to(cache_rows.dtype))
 
 
 class Compressor:
@@ -62,8 +56,8 @@ class Compressor:
         following, own = rows.chunk(2, -1) if tail is not None else (rows, rows)
         pooled = self._pooled(own, following, step, cache) if len(step.own) else None
         if tail is not None and step.tail_writes is not None:
-            write_rows(cache.rows(tail, self._layer), step.tail_writes, following)
-        write_rows(cache.rows(self._streams.pending, self._layer), step.pending_writes, own)
+            self._write(tail, step.tail_writes, following, cache)
+        self._write(self._streams.pending, step.pending_writes, own, cache)
         if pooled is None:
             return None
         normed = self._kernels.rms_norm(pooled.to(x.dtype), self._norm, self._eps)
@@ -76,6 +70,9 @@ class Compressor:
         assert step.tail_slots is not None, "windows overlap, and nothing says with what"
         before = self._with_cached(self._streams.tail, step.tail_slots, following, cache)
         return self._kernels.compress(rows, step.own, before, step.previous)
+
+    def _write(self, stream: str, writes: RowWrites, rows: Tensor, cache: CacheRows) -> None:
+        self._kernels.store_rows(plain_rows(cache.rows(stream, self._layer)), writes.slots, writes.of(rows))
 
     def _with_cached(self, stream: str, slots: Tensor, new: Tensor, cache: CacheRows) -> Tensor:
         return torch.cat([cache.rows(stream, self._layer)[slots], new])
