@@ -31,6 +31,7 @@ from thalweg.kernels.cpu.library import Library, address
 MOST_SHAPES = 64  # of steps that are remembered, the latest used; about 100 KB each
 ROOM = 64 << 20  # bytes for what lies between the kernels of a step: the shapes share it, as steps follow each other
 _ALIGNMENT = 64
+_INT_BYTES = 8
 _log = logging.getLogger("thalweg.kernels")
 Place = tuple[int, int]  # address and bytes
 _aten = torch.ops.aten
@@ -45,7 +46,7 @@ def place(tensor: Tensor) -> Place:
 
 
 def place_of_ints(ints: Ints) -> Place:
-    return ints.address, len(ints) * ints.memory.itemsize
+    return ints.address, len(ints) * _INT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
