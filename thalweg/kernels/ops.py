@@ -191,6 +191,16 @@ class Repeat(Protocol):
         ...
 
 
+class Capture(Protocol):
+    """Notes what a computation asks of a device, so that it can be done again in one call.
+
+    record(compute) gives a function that does the work of compute() again: the same kernels on the same memory. Whether
+    `compute` itself has been carried out is left open. The result is overwritten by the next call of any such function.
+    """
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]: ...
+
+
 MakeRepeat = Callable[[Iterable[Tensor]], Repeat]  # over the weights and pools that steps read and write
 
 
