@@ -24,9 +24,9 @@ def logits(fields: dict[str, Any], shape: Shape, *, repeated: bool) -> tuple[dic
     """Of every output token of prompts that run together, and what repeated the steps."""
     sampler = RecordingSampler()
     runner, plan = MODELS.runner(fields, shape, sampler)
-    repeat: Repeat | None = runner._model._repeat
+    repeat: Repeat | None = runner.steps._repeat
     if not repeated:
-        runner._model._repeat = None
+        runner.steps._repeat = None
     engine = engine_of(fields, runner, plan, shape)
     outcomes = [
         submit(engine, str(i), prompt_of(i, length), max_tokens=OUTPUT - 20 * i) for i, length in enumerate(LENGTHS)
