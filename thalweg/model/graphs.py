@@ -35,13 +35,14 @@ class Mirror:
     """Numbers at a fixed place of the device, and in the host's memory what is next copied there."""
 
     def __init__(self, length: int, device: torch.device) -> None:
-        self.there = torch.zeros(length, dtype=torch.int64, device=device)
-        self._here = torch.zeros(length, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.there = torch.zeros(length + length % 2, dtype=torch.int64, device=device)
+        self._here = torch.zeros(length + length % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def put(self, tensors: list[Tensor]) -> None:
         """One after another. What was put before must have arrived: the tokens of a step are read before the next."""
-        length = sum(tensor.numel() for tensor in tensors)
-        torch.cat([tensor.flatten() for tensor in tensors], out=self._here[:length])
+        pieces = parts.lined_up(tensors)
+        length = sum(map(len, pieces))
+        torch.cat(pieces, out=self._here[:length])
         self.there[:length].copy_(self._here[:length], non_blocking=True)
 
 
@@ -99,15 +100,14 @@ class GraphedModel:
         """Capture a bucket's graph, with `made` as the first step of it."""
         if not self._lists:
             self._lists = [Mirror(length, self._device) for length in self._most(len(made.blocks))]
-        sized, counts = parts.sized(made), parts.ints(made)
-        sizes = [tensor.numel() for tensor in (*sized, *(own.on(torch.device("cpu")) for own in counts))]
-        numbers = Mirror(sum(sizes), self._device)
+        own, counts = parts.sized(made), [numbers.on(torch.device("cpu")) for numbers in parts.ints(made)]
+        numbers = Mirror(sum(map(len, parts.lined_up([*own, *counts]))), self._device)
         self._put(numbers, made)
-        places = numbers.there.split(sizes)
-        held = zip(places[len(sized) :], _bounds(made, bucket, self._model.config), strict=True)
+        places = parts.found_again(numbers.there, [*own, *counts])
+        held = zip(places[len(own) :], _bounds(made, bucket, self._model.config), strict=True)
         step = parts.rebuilt(
             made,
-            [place.view(tensor.shape) for place, tensor in zip(places, sized, strict=False)],
+            places[: len(own)],
             [mirror.there for mirror in self._lists],
             [Ints.held(place, bounds) for place, bounds in held],
         )

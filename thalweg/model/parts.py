@@ -3,13 +3,15 @@ copy it over the step that a graph was captured with. The order is the same ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from thalweg.kernels.arguments import Ints, Segments
 from thalweg.model.inputs import BlockLists, CompressorInputs, RowWrites, StepInputs
+
+_FILLING = torch.zeros(1, dtype=torch.int64)
 
 
 def sized(step: StepInputs) -> list[Tensor]:
@@ -52,13 +54,29 @@ def rebuilt(
     )
 
 
+def lined_up(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What is to be joined so that each tensor begins at a multiple of 16 bytes, as memory of its own does: Triton
+    compiles other kernels for addresses that are none."""
+    pieces: list[Tensor] = []
+    for tensor in tensors:
+        pieces += [tensor.flatten()] if tensor.numel() % 2 == 0 else [tensor.flatten(), _FILLING]
+    return pieces
+
+
+def found_again(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors' places in what `lined_up` gave, joined."""
+    sizes = [tensor.numel() for tensor in tensors]
+    rooms = whole.split([size + size % 2 for size in sizes])
+    return [room[:size].view(t.shape) for room, size, t in zip(rooms, sizes, tensors, strict=True)]
+
+
 def carried(step: StepInputs, carry: Callable[[Tensor], Tensor]) -> StepInputs:
     """A step in the host's memory as one on a device: all that kernels read of it goes there as one tensor."""
     host = torch.device("cpu")
     own, others, numbers = sized(step), ragged(step), ints(step)
     parts = [*own, *others, *(own_ints.on(host) for own_ints in numbers)]
-    whole = carry(torch.cat([part.flatten() for part in parts]))
-    there = [piece.view(part.shape) for piece, part in zip(whole.split([p.numel() for p in parts]), parts, strict=True)]
+    whole = carry(torch.cat(lined_up(parts)))
+    there = found_again(whole, parts)
     places, counts = there[: len(own) + len(others)], there[len(own) + len(others) :]
     for own_ints, tensor in zip(numbers, counts, strict=True):
         own_ints.copies[whole.device] = tensor
