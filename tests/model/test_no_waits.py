@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.kernels.backends import COMPILED, Kernels
 from tests.model.fields import FLASH_LIKE
@@ -59,16 +59,18 @@ class Watched:
         return again
 
 
+def aside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, not looked into."""
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        with _disable_current_modes():
+            return function(*arguments, **named)
+
+    return called
+
+
 def unwatched(kernels: Kernels) -> Kernels:
     """What a backend has from the reference, which is for any device and may wait, is not looked into."""
-
-    def aside(function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*arguments: Any, **named: Any) -> Any:
-            with torch.utils._python_dispatch._disable_current_modes():
-                return function(*arguments, **named)
-
-        return called
-
     plain = reference_kernels()
     ops = {op.name: getattr(kernels, op.name) for op in fields(Ops)}
     return replace(kernels, **{name: aside(f) for name, f in ops.items() if f is getattr(plain, name)})
