@@ -24,8 +24,8 @@ from thalweg.model.transformer import Model
 
 # One layer of each kind, and few programs in each kernel: the interpreter takes them one by one.
 SMALL = {
-    **FLASH_LIKE, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "hidden_size": 32, "num_attention_heads": 2,
-    "index_n_heads": 4, "n_routed_experts": 4, "hc_mult": 2, "sliding_window": 32,
+    **FLASH_LIKE, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "hidden_size": 32, "hc_mult": 2,
+    "num_attention_heads": 2, "index_n_heads": 4, "n_routed_experts": 4, "sliding_window": 32,
 }  # fmt: skip
 LENGTHS = (127, 6, 20)  # the next token completes an entry of each kind, none, none; then none, one of 4, none
 ROWS = {torch.float32: RowFormat.FLOAT32, torch.bfloat16: RowFormat.BFLOAT16}
