@@ -11,8 +11,8 @@ preempted, moved or batched differently draws the same numbers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from itertools import chain
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ _log = logging.getLogger("thalweg.engine")
 
 
 class Sampler:
-    """Chooses the next token of each sequence. `eos_token_ids` are masked while min_tokens is not reached."""
+    """Chooses the next token of each sequence. `eos_token_ids` are masked while min_tokens is not reached; `draw` is
+    `drawn` or a kernel for it."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], draw: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         self._eos = eos_token_ids
+        self._drawn = draw or drawn
 
     def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | ThalwegError]:
         """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence. For a sequence whose
@@ -55,7 +57,17 @@ class Sampler:
         if len(rows) < len(sequences):
             logits = logits.index_select(0, _sent(rows, torch.int64, logits.device))
         asked = [sequences[row].request.sampling for row in rows]
-        return _draw(logits, asked, [_uniform(seeds[row], sequences[row].output_tokens) for row in rows])
+        return self._draw(logits, asked, [_uniform(seeds[row], sequences[row].output_tokens) for row in rows])
+
+    def _draw(self, logits: Tensor, asked: SequenceOf[SamplingParams], uniform: SequenceOf[float]) -> list[int]:
+        """A token for each row of logits [n, vocab]. Waits for the device once."""
+        if all(params.temperature == 0 for params in asked):
+            return list(map(int, logits.argmax(-1).tolist()))
+        controls = [
+            (params.temperature, params.top_k, params.top_p, params.min_p, number)
+            for params, number in zip(asked, uniform, strict=True)
+        ]
+        return list(map(int, self._drawn(logits, _sent(controls, torch.float64, logits.device)).tolist()))
 
     def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken | ThalwegError:
         try:
@@ -72,7 +84,7 @@ class Sampler:
         if allowed is not None and allowed.forced is not None:
             return _with_logprobs(raw, allowed.forced, params.logprobs)
         logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
-        token = _draw(logits[None], [params], [_uniform(seed, sequence.output_tokens)])[0]
+        token = self._draw(logits[None], [params], [_uniform(seed, sequence.output_tokens)])[0]
         return _with_logprobs(raw, token, params.logprobs)
 
     def _masked(self, logits: Tensor, sequence: Sequence, allowed: AllowedTokens | None) -> Tensor:
@@ -140,36 +152,28 @@ def _uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())
 
 
-def _draw(logits: Tensor, asked: SequenceOf[SamplingParams], uniform: SequenceOf[float]) -> list[int]:
-    """A token for each row of logits [n, vocab]. Waits for the device once."""
-    if all(params.temperature == 0 for params in asked):
-        return list(map(int, logits.argmax(-1).tolist()))
-    columns = ([getattr(params, name) for params in asked] for name in ("temperature", "top_p", "min_p"))
-    numbers = _sent([*chain.from_iterable(columns), *uniform], torch.float64, logits.device)
-    top_k = _sent([params.top_k for params in asked], torch.int64, logits.device)
-    return list(map(int, _drawn(logits, top_k, *numbers.view(4, -1)).tolist()))
-
-
-def _drawn(logits: Tensor, top_k: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+def drawn(logits: Tensor, controls: Tensor) -> Tensor:
     """Inverse-CDF draws, int64 [n], of rows [n, vocab] from their truncated distributions, most likely tokens first
-    (ties: lowest id first); temperature 0: the most likely one. All numbers are fp64 [n], but top_k int64."""
+    (ties: lowest id first). controls fp64 [n, 5] are temperature (0: the most likely token), top_k, top_p, min_p and a
+    uniform number."""
+    temperature, top_k, top_p, min_p, uniform = controls[..., None].unbind(1)
     greedy = temperature == 0
-    scaled = logits.double() / torch.where(greedy, 1.0, temperature)[:, None]
-    probabilities, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
+    probabilities, order = torch.softmax(logits.double() / torch.where(greedy, 1.0, temperature), -1).sort(
+        descending=True, stable=True
+    )
     ranks = torch.arange(logits.shape[-1], device=logits.device)
-    top_p, top_k = top_p[:, None], top_k[:, None]
     keep = (ranks < top_k) | (top_k <= 0)
     keep &= (probabilities.cumsum(-1) - probabilities < top_p) | (top_p >= 1)
-    keep &= probabilities >= min_p[:, None] * probabilities[:, :1]
+    keep &= probabilities >= min_p * probabilities[:, :1]
     keep[:, 0] = True
     weights = torch.where(keep, probabilities, 0.0).cumsum(-1)
-    place = torch.searchsorted(weights, uniform[:, None] * weights[:, -1:], right=True)
+    place = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
     last = torch.where(keep, ranks, 0).amax(-1, keepdim=True)
-    drawn = order.gather(1, torch.minimum(place, last)).squeeze(1)
-    return torch.where(greedy, logits.argmax(-1), drawn)
+    tokens = order.gather(1, torch.minimum(place, last)).squeeze(1)
+    return torch.where(greedy.squeeze(1), logits.argmax(-1), tokens)
 
 
-def _sent(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _sent(values: SequenceOf[object], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a device, without a wait for it."""
     here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return here.to(device, non_blocking=True)
