@@ -56,16 +56,16 @@ class Sampler:
             return []
         if len(rows) < len(sequences):
             logits = logits.index_select(0, _sent(rows, torch.int64, logits.device))
-        asked = [sequences[row].request.sampling for row in rows]
-        return self._draw(logits, asked, [_uniform(seeds[row], sequences[row].output_tokens) for row in rows])
+        return self._draw(logits, [sequences[row] for row in rows], [seeds[row] for row in rows])
 
-    def _draw(self, logits: Tensor, asked: SequenceOf[SamplingParams], uniform: SequenceOf[float]) -> list[int]:
+    def _draw(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[int]:
         """A token for each row of logits [n, vocab]. Waits for the device once."""
+        asked = [sequence.request.sampling for sequence in sequences]
         if all(params.temperature == 0 for params in asked):
             return list(map(int, logits.argmax(-1).tolist()))
         controls = [
-            (params.temperature, params.top_k, params.top_p, params.min_p, number)
-            for params, number in zip(asked, uniform, strict=True)
+            (params.temperature, params.top_k, params.top_p, params.min_p, _uniform(seed, sequence.output_tokens))
+            for params, sequence, seed in zip(asked, sequences, seeds, strict=True)
         ]
         return list(map(int, self._drawn(logits, _sent(controls, torch.float64, logits.device)).tolist()))
 
@@ -84,7 +84,7 @@ class Sampler:
         if allowed is not None and allowed.forced is not None:
             return _with_logprobs(raw, allowed.forced, params.logprobs)
         logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
-        token = self._draw(logits[None], [params], [_uniform(seed, sequence.output_tokens)])[0]
+        token = self._draw(logits[None], [sequence], [seed])[0]
         return _with_logprobs(raw, token, params.logprobs)
 
     def _masked(self, logits: Tensor, sequence: Sequence, allowed: AllowedTokens | None) -> Tensor:
