@@ -39,16 +39,33 @@ def rows_of(cache: PagedSequences, config: ModelConfig) -> list[torch.Tensor]:
 @pytest.mark.parametrize("fields", [FLASH_LIKE, NARROW])
 @pytest.mark.parametrize(("kv", "index"), [(RowFormat.FLOAT32, RowFormat.FLOAT32), (RowFormat.FP8, RowFormat.FP4)])
 def test_a_padded_step_is_the_step(fields: dict, kernels: Kernels, kv: RowFormat, index: RowFormat) -> None:
+    complete, shapes = compared(fields, kernels, (kv, index), LENGTHS)
+    assert complete == {(False, False), (True, False), (True, True)} and len(shapes) < STEPS
+
+
+def test_every_sequence_may_complete_an_entry() -> None:
+    """In a full bucket nothing is left over for the rows that their windows read."""
+    wide = (RowFormat.FLOAT32, RowFormat.FLOAT32)
+    _, shapes = compared(FLASH_LIKE, BACKENDS[list(BACKENDS)[-1]](), wide, (127, 127, 255, 255))
+    assert Bucket(4, 4, 4, 384) in shapes
+
+
+def compared(
+    fields: dict, kernels: Kernels, formats: tuple[RowFormat, RowFormat], lengths: tuple[int, ...]
+) -> tuple[set[tuple[bool, bool]], dict[Bucket, list]]:
+    """Decodes behind prompts of these lengths, as they are and padded; gives which kinds of entries were completed, and
+    the sizes of each bucket."""
+    kv, index = formats
     config = config_of(fields)
     model = Model(config, engine_weights(config), Numerics.serving(torch.float32, kv, index), kernels)
     layout = CacheLayout(kv, index, config.rope_dim)
-    plain, filled = (PagedSequences(config, len(LENGTHS), 384, layout) for _ in range(2))
-    positions, shapes, complete = list(LENGTHS), {}, set()
-    for i, length in enumerate(LENGTHS):
+    plain, filled = (PagedSequences(config, len(lengths), 384, layout) for _ in range(2))
+    positions, shapes, complete = list(lengths), {}, set()
+    for i, length in enumerate(lengths):
         for cache in (plain, filled):
             model.forward(cache.inputs([(i, 0, words(length, i))], []), cache)
     for step in range(STEPS):
-        pieces = [(i, positions[i], words(1, 7 * step + i)) for i in range(step % len(LENGTHS), len(LENGTHS))]
+        pieces = [(i, positions[i], words(1, 7 * step + i)) for i in range(step % len(lengths), len(lengths))]
         for i, _, _ in pieces:
             positions[i] += 1
         inputs = plain.inputs(pieces)
@@ -61,7 +78,7 @@ def test_a_padded_step_is_the_step(fields: dict, kernels: Kernels, kv: RowFormat
         expected, found = model.forward(inputs, plain), model.forward(made, filled)
         assert len(found) == bucket.sequences and torch.equal(found[: len(expected)], expected)
         assert all(torch.equal(a, b) for a, b in zip(rows_of(plain, config), rows_of(filled, config), strict=True))
-    assert complete == {(False, False), (True, False), (True, True)} and len(shapes) < STEPS
+    return complete, shapes
 
 
 def test_a_step_carried_to_a_device_is_the_same() -> None:

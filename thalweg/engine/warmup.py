@@ -21,11 +21,11 @@ from thalweg.config.model import ModelConfig
 from thalweg.engine.plan import SequencePlan, StepPlan
 from thalweg.engine.request import Running, Sequence
 from thalweg.model.graphs import StepLimits
-from thalweg.model.padding import Bucket, buckets
+from thalweg.model.padding import Bucket, buckets, contexts
 from thalweg.types import CacheReport, GenerateRequest, SamplingParams
 
 # Compiled kernels differ by which sizes are one or a multiple of 16, and by nothing else of a batch.
-PROMPT_LENGTHS = (2, 15, 16, 17, 32, 48)
+PROMPT_LENGTHS = (2, 15, 16, 17, 48)
 _SAMPLINGS = (SamplingParams(temperature=0.0), SamplingParams(top_k=40, top_p=0.9, min_p=0.01))
 
 
@@ -59,10 +59,11 @@ class WarmUp:
                     yield plan
 
     def prompts(self, most_tokens: int) -> Iterator[StepPlan]:
-        """Parts of prompts, at their beginning and deep in a context, alone and beside decodes."""
-        deep = self._limits.context // 2
-        lengths = sorted({n for n in (*PROMPT_LENGTHS, most_tokens - 2, most_tokens - 1) if n > 1})
-        for length, start, others, samples in product(lengths, (0, deep), (0, 1), (False, True)):
+        """Parts of prompts at every depth: small ones alone and beside a decode, at their end and before it, then the
+        largest."""
+        depths = sorted({0, *(context // 2 for context in contexts(self._limits.context))})
+        small = product(PROMPT_LENGTHS, (0, 1), (False, True))
+        for start, (length, others, samples) in product(depths, (*small, (most_tokens, 0, False))):
             if start + length <= self._limits.context:
                 decodes = [self._item(start, start + 1, samples=True, number=i) for i in range(others)]
                 yield StepPlan((*decodes, self._item(start, start + length, samples=samples, number=others)))

@@ -8,11 +8,11 @@ completes are filled up with ones that pool any rows and are written nowhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.kernels.arguments import Ints, Segments
@@ -52,16 +52,21 @@ def buckets(config: ModelConfig, max_sequences: int, max_context: int) -> Iterat
     """Every bucket that steps within these limits can fall into."""
     csa, hca = (bool(config.layers_of(kind)) for kind in (LayerKind.CSA, LayerKind.HCA))
     together = csa and config.hca_ratio % config.csa_ratio == 0  # whoever completes an HCA entry completes a CSA entry
-    contexts = [FIRST_CONTEXT]
-    while contexts[-1] < max_context:
-        contexts.append(contexts[-1] * CONTEXT_FACTOR)
     for power in range((max_sequences - 1).bit_length() + 1):
         size = 1 << power
         of_csa = {_csa_entries(count, size) for count in (0, size)} if csa else {0}
         of_hca = {_hca_entries(count, size) for count in (0, 1, size)} if hca else {0}
         shapes = [(c, h) for c in sorted(of_csa) for h in sorted(of_hca) if c or not h or not together]
-        for context in contexts:
-            yield from (Bucket(size, c, h, min(context, max_context)) for c, h in shapes)
+        for context in contexts(max_context):
+            yield from (Bucket(size, c, h, context) for c, h in shapes)
+
+
+def contexts(most: int) -> list[int]:
+    """The contexts of buckets, up to `most`."""
+    found = [FIRST_CONTEXT]
+    while found[-1] < most:
+        found.append(found[-1] * CONTEXT_FACTOR)
+    return [*found[:-1], most]
 
 
 def _csa_entries(count: int, size: int) -> int:
@@ -73,66 +78,98 @@ def _hca_entries(count: int, size: int) -> int:
 
 
 def padded(step: StepInputs, bucket: Bucket) -> StepInputs:
-    """The step in the shape of its bucket. Its first outputs are those of `step`, and so is all that it writes."""
+    """A step in the host's memory, in the shape of its bucket. Its first outputs are those of `step`, and so are all
+    rows that it writes."""
     count, size = len(step.segments), bucket.sequences
-    reads = [end - begin for begin, end in zip(step.past_offsets, step.past_offsets[1:], strict=False)]
-    for blocks in step.blocks.values():
-        reads = [n + blocks.offsets[s + 1] - blocks.offsets[s] for s, n in enumerate(reads)]
-    again, more = min(range(count), key=reads.__getitem__), size - count
-    starts = step.segments.starts
+    again, more = _shortest(step), size - count
+    starts, rows = step.segments.starts, torch.from_numpy(np.arange(size))
     segments = Segments(Ints(range(size + 1)), Ints((*starts, *[starts[again]] * more)))
     past_slots, past_offsets = _repeated(step.past_slots, step.past_offsets, again, more)
     return StepInputs(
-        token_ids=torch.cat([step.token_ids, step.token_ids[again].expand(more)]),
-        positions=torch.cat([step.positions, step.positions[again].expand(more)]),
+        token_ids=_filled(step.token_ids, more, again),
+        positions=_filled(step.positions, more, again),
         segments=segments,
-        output_rows=torch.arange(size),
+        output_rows=rows,
         output_segments=segments,
         past_slots=past_slots,
         past_offsets=past_offsets,
-        window_writes=_writes(step.window_writes, size),
+        window_writes=_writes(step.window_writes, rows),
         blocks={
             name: BlockLists(*_repeated(blocks.ids, blocks.offsets, again, more), blocks.rows_per_block)
             for name, blocks in step.blocks.items()
         },
-        csa=None if step.csa is None else _compressor(step.csa, size, bucket.csa),
-        hca=None if step.hca is None else _compressor(step.hca, size, bucket.hca),
+        csa=None if step.csa is None else _compressor(step.csa, rows, bucket.csa),
+        hca=None if step.hca is None else _compressor(step.hca, rows, bucket.hca),
     )
+
+
+def _shortest(step: StepInputs) -> int:
+    """The sequence that reads the fewest rows: of all compressed streams those of the first one tell."""
+    starts = step.segments.starts
+    return starts.index(min(starts))
+
+
+# Arrays of numpy, not tensors: each operation on a few numbers takes a fifth of the time, and there are fifty of them.
+
+
+def _filled(values: Tensor, more: int, place: int) -> Tensor:
+    """So many more, each a copy of the one at `place`."""
+    if not more:
+        return values
+    own = values.numpy()
+    return torch.from_numpy(np.concatenate([own, np.repeat(own[place], more)]))
+
+
+def _longer(values: Tensor, more: int, filling: int = 0) -> Tensor:
+    """Rows added at the end."""
+    if not more:
+        return values
+    own = values.numpy()
+    return torch.from_numpy(np.concatenate([own, np.full((more, *own.shape[1:]), filling)]))
 
 
 def _repeated(values: Tensor, offsets: Ints, sequence: int, times: int) -> tuple[Tensor, Ints]:
     """Lists one after another, and one of them so often again."""
-    own = values[offsets[sequence] : offsets[sequence + 1]]
+    if not times:
+        return values, offsets
+    whole = values.numpy()
+    own = whole[offsets[sequence] : offsets[sequence + 1]]
     ends = (offsets[-1] + len(own) * (i + 1) for i in range(times))
-    return torch.cat([values, own.repeat(times)]), Ints((*offsets, *ends))
+    return torch.from_numpy(np.concatenate([whole, np.tile(own, times)])), Ints((*offsets, *ends))
 
 
-def _writes(writes: RowWrites, size: int) -> RowWrites:
+def _writes(writes: RowWrites, rows: Tensor) -> RowWrites:
     """Every row of the batch, those that were not to be written with no slot."""
-    slots = torch.full((size,), -1)
-    slots[writes.source] = writes.slots
-    return RowWrites(torch.arange(size), slots)
+    if len(writes.slots) == len(rows):
+        return writes
+    slots = np.full(len(rows), -1)
+    slots[writes.source.numpy()] = writes.slots.numpy()
+    return RowWrites(rows, torch.from_numpy(slots))
 
 
-def _compressor(inputs: CompressorInputs, size: int, entries: int) -> CompressorInputs:
+def _compressor(inputs: CompressorInputs, rows: Tensor, entries: int) -> CompressorInputs:
     m, more = inputs.ratio, entries - len(inputs.positions)
     pending, own = _gather(inputs.pending_slots, inputs.own, entries * (m - 1), more)
-    whole = CompressorInputs(
+    tail, previous, tail_writes = inputs.tail_slots, inputs.previous, inputs.tail_writes
+    if tail is not None and previous is not None and tail_writes is not None:
+        tail, previous = _gather(tail, previous, entries * (2 * m - 1), more)  # up to the window's own last token
+        tail_writes = _writes(tail_writes, rows)
+    return CompressorInputs(
         ratio=m,
         pending_slots=pending,
         own=own,
-        positions=F.pad(inputs.positions, (0, more)),
-        entries={name: F.pad(slots, (0, more), value=-1) for name, slots in inputs.entries.items()},
-        pending_writes=_writes(inputs.pending_writes, size),
+        positions=_longer(inputs.positions, more),
+        entries={name: _longer(slots, more, -1) for name, slots in inputs.entries.items()},
+        pending_writes=_writes(inputs.pending_writes, rows),
+        tail_slots=tail,
+        previous=previous,
+        tail_writes=tail_writes,
     )
-    if inputs.tail_slots is None or inputs.previous is None or inputs.tail_writes is None:
-        return whole
-    tail, previous = _gather(inputs.tail_slots, inputs.previous, entries * m, more)
-    return replace(whole, tail_slots=tail, previous=previous, tail_writes=_writes(inputs.tail_writes, size))
 
 
 def _gather(slots: Tensor, places: Tensor, room: int, more: int) -> tuple[Tensor, Tensor]:
     """`places` index cat(rows read from slots, new rows): the new rows move back by what is added to the slots."""
-    added = room - len(slots)
-    moved = torch.where(places >= len(slots), places + added, places)
-    return F.pad(slots, (0, added)), F.pad(moved, (0, 0, 0, more))
+    added, own = room - len(slots), places.numpy()
+    assert added >= 0, "a window of a decode step needs fewer rows than it has tokens"
+    moved = torch.from_numpy(np.where(own >= len(slots), own + added, own)) if added and own.size else places
+    return _longer(slots, added), _longer(moved, more)
