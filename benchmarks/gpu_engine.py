@@ -39,7 +39,7 @@ class Keeping(Sampler):
     """Keeps the logits of every output token."""
 
     def __init__(self, own: Sampler) -> None:
-        super().__init__(own._eos, own._drawn)
+        super().__init__(own._eos, own._kernel)
         self.rows: dict[tuple[str, int], Tensor] = {}
 
     def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | ThalwegError]:

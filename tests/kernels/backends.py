@@ -10,7 +10,7 @@ import pytest
 from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.registry import cpu_kernels, deterministic_kernels, reference_kernels
-from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
+from thalweg.kernels.triton.backend import TritonMissing, interpreting, triton_kernels
 
 
 def _compiled() -> dict[str, Callable[[], Kernels]]:
@@ -45,4 +45,10 @@ def every_exact_backend() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kernels", [make() for make in EXACT.values()], ids=list(EXACT))
 
 
-__all__ = ["Kernels", "every_backend", "every_exact_backend"]
+def interpreted(kernels: Kernels) -> bool:
+    """Whether these are Triton's, run by its interpreter: a thousand times as slow as the others, so that their share
+    of a test is that of few rows and short contexts."""
+    return interpreting() and kernels.index_topk.__module__.startswith("thalweg.kernels.triton")
+
+
+__all__ = ["Kernels", "every_backend", "every_exact_backend", "interpreted"]

@@ -134,7 +134,7 @@ def build_runtime(options: EngineOptions, progress: Progress = lambda what, done
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
     step_limits = StepLimits(options.max_num_seqs, max_model_len)
     steps = steps_of(model, arena, kernel_set, step_limits)
-    runner = ModelRunner(steps, arena, BatchBuilder(config, groups), Sampler(eos))
+    runner = ModelRunner(steps, arena, BatchBuilder(config, groups), Sampler(eos, kernel_set.kernels.sample))
     choices.append(_warmed_up(runner, WarmUp(config, groups, step_limits), limits, kernel_set, progress))
     engine_limits = EngineLimits(
         max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos, options.max_queue_seconds

@@ -11,7 +11,6 @@ preempted, moved or batched differently draws the same numbers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -20,18 +19,19 @@ from torch import Tensor
 
 from thalweg.engine.request import Sequence
 from thalweg.errors import EngineError, GrammarError, ThalwegError
+from thalweg.kernels.ops import Sample
+from thalweg.kernels.reference.sampling import sample
 from thalweg.types import AllowedTokens, SampledToken, SamplingParams, TokenLogprob
 
 _log = logging.getLogger("thalweg.engine")
 
 
 class Sampler:
-    """Chooses the next token of each sequence. `eos_token_ids` are masked while min_tokens is not reached; `draw` is
-    `drawn` or a kernel for it."""
+    """Chooses the next token of each sequence. `eos_token_ids` are masked while min_tokens is not reached."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...], draw: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], kernel: Sample = sample) -> None:
         self._eos = eos_token_ids
-        self._drawn = draw or drawn
+        self._kernel = kernel
 
     def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | ThalwegError]:
         """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence. For a sequence whose
@@ -67,7 +67,7 @@ class Sampler:
             (params.temperature, params.top_k, params.top_p, params.min_p, _uniform(seed, sequence.output_tokens))
             for params, sequence, seed in zip(asked, sequences, seeds, strict=True)
         ]
-        return list(map(int, self._drawn(logits, _sent(controls, torch.float64, logits.device)).tolist()))
+        return list(map(int, self._kernel(logits, _sent(controls, torch.float64, logits.device)).tolist()))
 
     def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken | ThalwegError:
         try:
@@ -150,27 +150,6 @@ def _repetition(logits: Tensor, sequence: Sequence, penalty: float) -> Tensor:
 def _uniform(seed: int, position: int) -> float:
     """A uniform number in [0, 1) that depends on the seed and the output position alone."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())
-
-
-def drawn(logits: Tensor, controls: Tensor) -> Tensor:
-    """Inverse-CDF draws, int64 [n], of rows [n, vocab] from their truncated distributions, most likely tokens first
-    (ties: lowest id first). controls fp64 [n, 5] are temperature (0: the most likely token), top_k, top_p, min_p and a
-    uniform number."""
-    temperature, top_k, top_p, min_p, uniform = controls[..., None].unbind(1)
-    greedy = temperature == 0
-    probabilities, order = torch.softmax(logits.double() / torch.where(greedy, 1.0, temperature), -1).sort(
-        descending=True, stable=True
-    )
-    ranks = torch.arange(logits.shape[-1], device=logits.device)
-    keep = (ranks < top_k) | (top_k <= 0)
-    keep &= (probabilities.cumsum(-1) - probabilities < top_p) | (top_p >= 1)
-    keep &= probabilities >= min_p * probabilities[:, :1]
-    keep[:, 0] = True
-    weights = torch.where(keep, probabilities, 0.0).cumsum(-1)
-    place = torch.searchsorted(weights, uniform * weights[:, -1:], right=True)
-    last = torch.where(keep, ranks, 0).amax(-1, keepdim=True)
-    tokens = order.gather(1, torch.minimum(place, last)).squeeze(1)
-    return torch.where(greedy.squeeze(1), logits.argmax(-1), tokens)
 
 
 def _sent(values: SequenceOf[object], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -174,6 +174,18 @@ class ReadRows(Protocol):
     def __call__(self, stored: StoredRows, slots: Tensor) -> Tensor: ...
 
 
+class Sample(Protocol):
+    """One token for each row of logits [O, vocab], int64 [O]; a row's token depends on that row alone.
+
+    controls float64 [O, 5] are temperature, top_k (0: off), top_p (1: off), min_p (0: off) and a uniform number in
+    [0, 1) for each. At temperature 0 the largest logit, lowest id first among equals. Else the token at that share of
+    the kept probabilities, the most likely first, lowest id first among equals: kept are the top_k first, those before
+    which less than top_p of the whole lies, those of min_p of the largest or more, and always the first.
+    """
+
+    def __call__(self, logits: Tensor, controls: Tensor) -> Tensor: ...
+
+
 @runtime_checkable
 class Repeat(Protocol):
     """Computes steps again and again; a backend may note what the first of a shape asked of its kernels.
@@ -227,3 +239,4 @@ class Kernels:
     round_index_fp8: RoundIndexFp8
     store_rows: StoreRows
     read_rows: ReadRows
+    sample: Sample

@@ -205,6 +205,14 @@ OPS: tuple[OpSpec, ...] = (
         lambda s: s["rows"] * s["width"],
         lambda s: s["rows"] * (s["row_bytes"] + 4 * s["width"] + 8),
     ),
+    OpSpec(  # exact but where the uniform number is within 1e-5 of a boundary, in the sum of all probabilities
+        "sample",
+        "truncated distribution of each row of logits, and the token at a uniform number's place in it",
+        0.0,
+        ("rows", "vocab"),
+        lambda s: 6 * s["rows"] * s["vocab"],
+        lambda s: s["rows"] * (4 * s["vocab"] + 48),
+    ),
 )
 
 

@@ -28,6 +28,7 @@ def check_cases() -> Iterator[Case]:
     yield from _attention()
     yield from _index()
     yield from _stored()
+    yield from _samples()
 
 
 def _products() -> Iterator[Case]:
@@ -139,3 +140,10 @@ def _stored() -> Iterator[Case]:
         for count, width in ((1, 128), (ROWS, 48), (7, 2)):
             yield stored.store_rows(f"{form.name} keys, {count} x {width}", form, count, width)
             yield stored.read_rows(f"{form.name} keys, {count} x {width}", form, count, width)
+
+
+def _samples() -> Iterator[Case]:
+    for how in ("greedy", "plain", "truncated"):
+        for count, vocab in ((1, 128), (ROWS, 33), (7, 9000)):
+            yield rows.sample(f"{count} x {vocab}, {how}", count, vocab, how)
+    yield rows.sample("3 x 1, truncated", 3, 1, "truncated")

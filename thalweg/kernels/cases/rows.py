@@ -209,3 +209,20 @@ def rounding(op: str, shape: str, rows: int, width: int, rope: int = 0) -> Case:
         return over_rows(lambda kernels, x: getattr(kernels, op)(x, *arguments), (x,))
 
     return Case(op, shape, {"rows": rows, "width": width, "element": ELEMENT}, rows, inputs)
+
+
+def sample(shape: str, rows: int, vocab: int, how: str) -> Case:
+    """`how`: greedy, plain (the temperature alone), or truncated (by everything, in some rows)."""
+
+    def inputs(source: Source) -> Bind:
+        logits = source.normal(rows, vocab) * 4
+        temperature, top_k, top_p, min_p, uniform = source.integers(0, 1 << 24, rows, 5).div(1 << 24).unbind(1)
+        temperature = temperature * 2 * (how != "greedy")
+        off, some = torch.tensor([0.0, 1.0, 0.0]), torch.stack([(top_k * vocab / 4).ceil(), top_p, min_p**3], 1)
+        truncated = torch.where(source.integers(0, 2, rows, 3).bool() & (how == "truncated"), some, off)
+        controls = torch.cat([temperature[:, None], truncated, uniform[:, None]], 1)
+        return over_rows(
+            lambda kernels, logits, controls: kernels.sample(logits, controls.double()), (logits, Wide(controls))
+        )
+
+    return Case("sample", shape, {"rows": rows, "vocab": vocab}, rows, inputs)

@@ -24,7 +24,7 @@ _INDEX = {form.name: form for form in stored.INDEX_FORMATS[2:]}
 
 def serving_cases(config: ModelConfig) -> list[Case]:
     """In the order of spec.py. A shape is named by its step first and, where context matters, by that last."""
-    makers = (_products, _elements, _mixes, _index, _attention, _experts, _stored)
+    makers = (_products, _elements, _mixes, _index, _attention, _experts, _stored, _samples)
     order = [spec.name for spec in OPS]
     made = (case for make in makers for case in make(config))
     return sorted((_served(case) for case in made), key=lambda case: order.index(case.op))
@@ -123,3 +123,10 @@ def _stored(config: ModelConfig) -> Iterator[Case]:
         yield stored.read_rows(f"{step}, {_KV.name} KV {width}", _KV, count, width, rope)
         for name, form in _INDEX.items():
             yield stored.store_rows(f"{step}, {name} keys {config.index_head_dim}", form, count, config.index_head_dim)
+
+
+def _samples(config: ModelConfig) -> Iterator[Case]:
+    for step, count in STEPS.items():
+        if count != CHUNK:
+            yield rows.sample(f"{step}, {config.vocab_size} logits", count, config.vocab_size, "plain")
+            yield rows.sample(f"{step}, {config.vocab_size} logits, truncated", count, config.vocab_size, "truncated")

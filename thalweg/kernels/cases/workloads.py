@@ -48,7 +48,7 @@ def _race() -> ModelConfig:
 
 def workloads(config: ModelConfig) -> list[Case]:
     """Every op at least once, in the order of spec.py."""
-    makers = (_linear, _grouped, _elements, _mixes, _compress, _index, _attention, _experts, _stored)
+    makers = (_linear, _grouped, _elements, _mixes, _compress, _index, _attention, _experts, _stored, _samples)
     order = [spec.name for spec in OPS]
     return sorted((case for make in makers for case in make(config)), key=lambda case: order.index(case.op))
 
@@ -171,3 +171,10 @@ def _stored(config: ModelConfig) -> Iterator[Case]:
         form = stored.INDEX_FORMATS[-1]
         yield stored.store_rows(f"{step}, {form.name} keys {index}", form, count, index)
         yield stored.read_rows(f"{step}, {form.name} keys {index}", form, count, index)
+
+
+def _samples(config: ModelConfig) -> Iterator[Case]:
+    for count, step in _NAMES.items():
+        if count != CHUNK:
+            yield rows.sample(f"{step}, {config.vocab_size} logits", count, config.vocab_size, "plain")
+            yield rows.sample(f"{step}, {config.vocab_size} logits, truncated", count, config.vocab_size, "truncated")

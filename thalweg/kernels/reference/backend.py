@@ -14,6 +14,7 @@ from thalweg.kernels.reference import (
     quantize,
     rotary,
     rows,
+    sampling,
 )
 
 
@@ -39,4 +40,5 @@ def reference_kernels() -> Kernels:
         round_index_fp8=quantize.round_index_fp8,
         store_rows=rows.store_rows,
         read_rows=rows.read_rows,
+        sample=sampling.sample,
     )

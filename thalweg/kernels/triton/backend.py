@@ -66,6 +66,7 @@ def _kernels() -> Kernels:
         quantize,
         rotary,
         rows,
+        sampling,
     )
 
     return Kernels(
@@ -88,4 +89,5 @@ def _kernels() -> Kernels:
         round_index_fp8=quantize.round_index_fp8,
         store_rows=rows.store_rows,
         read_rows=rows.read_rows,
+        sample=sampling.sample,
     )
