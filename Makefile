@@ -19,7 +19,7 @@ demo: setup
 
 # All but the tests of servers, which are timed, run side by side. Threads of kernels that wait must then not spin:
 # there are more of them than cores.
-SIDE_BY_SIDE := $(addprefix tests/,benchmarks cache checkpoint cli config engine evaluation kernels memory model text training)
+SIDE_BY_SIDE := $(addprefix tests/,benchmarks cache checkpoint cli config engine evaluation kernels memory model planner text training)
 PYTEST = $(BIN)/python -m pytest -m 'not stress'
 test: setup lint
 	OMP_WAIT_POLICY=passive $(PYTEST) -n auto --maxprocesses 4 --dist loadfile $(SIDE_BY_SIDE)

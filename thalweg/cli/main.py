@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, serve
+from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, serve
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("demo")(demo.demo)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(cache.app, name="cache")
 app.add_typer(kernels.app, name="kernels")
+app.add_typer(plan.app, name="plan")
 
 
 def _version(wanted: bool) -> None:

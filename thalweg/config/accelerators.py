@@ -11,9 +11,9 @@ from thalweg.errors import ConfigError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """One GPU. Bytes; bytes per second of memory, of the link to other GPUs and of the link to the host (the links in
-    one direction); operations per second of dense products in bf16, fp8 and fp4 (None where it has none) and of
-    ordinary fp32 arithmetic. `architecture` is what kernels are compiled for."""
+    """One GPU. Bytes; bytes per second of memory and, in one direction, of the link among `link_gpus`, of the network
+    beyond them and of the link to the host; operations per second of dense products in bf16, fp8 and fp4 (None where it
+    has none) and of ordinary fp32 arithmetic. `architecture` is what kernels are compiled for."""
 
     name: str
     memory_bytes: int
@@ -23,6 +23,8 @@ class Accelerator:
     fp4: float | None
     fp32: float
     link: float
+    link_gpus: int
+    network: float
     host_link: float
     multiprocessors: int
     architecture: str
@@ -45,11 +47,12 @@ def accelerator(name: str) -> Accelerator:
 
 
 def _accelerator(row: dict[str, str]) -> Accelerator:
-    rates = {name: float(row[name]) for name in ("bandwidth", "bf16", "fp8", "fp32", "link", "host_link")}
+    rates = {name: float(row[name]) for name in ("bandwidth", "bf16", "fp8", "fp32", "link", "network", "host_link")}
     return Accelerator(
         name=row["name"],
         memory_bytes=int(row["memory_bytes"]),
         fp4=float(row["fp4"]) if row["fp4"] else None,
+        link_gpus=int(row["link_gpus"]),
         multiprocessors=int(row["multiprocessors"]),
         architecture=row["architecture"],
         source=row["source"],
