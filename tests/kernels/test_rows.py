@@ -164,6 +164,31 @@ def test_plain_rows(kernels: Kernels, dtype: torch.dtype) -> None:
     assert read.dtype is torch.float32 and torch.equal(read[:, 0], rows[[1, 0]].to(dtype).float())
 
 
+@every_backend()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [[3, -1, 0, -1], [-1, -1, -1, -1]])
+def test_a_slot_of_minus_one_is_written_nowhere(kernels: Kernels, dtype: torch.dtype, slots: list[int]) -> None:
+    """Its row may hold anything: it stands for a sequence that is not there."""
+    rows = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    rows[1] = float("nan")
+    caches = (
+        plain_rows(torch.full((4, 128), 7.0, dtype=dtype)),
+        stored(Packing.FP8_KV, 128, 64, slots=4),
+        stored(Packing.FP4_INDEX, 128, slots=4),
+    )
+    for cache in caches:
+        expected = cache.data.clone()
+        for slot, row in zip(slots, rows, strict=True):
+            if slot >= 0:
+                kernels.store_rows(StoredRows(expected, *_form(cache)), torch.tensor([slot]), row[None].to(dtype))
+        kernels.store_rows(cache, torch.tensor(slots), rows.to(dtype))
+        assert torch.equal(cache.data.view(torch.uint8), expected.view(torch.uint8))
+
+
+def _form(cache: StoredRows) -> tuple[Packing, int, int]:
+    return cache.packing, cache.width, cache.rope_dim
+
+
 def any_bits(*shape: int, seed: int = 0) -> Tensor:
     """fp32 of every kind: a third are any 32 bits, NaN and infinities too, a third of any size, a third ordinary."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 
 class Ints(tuple[int, ...]):
-    """Whole numbers that Python loops over and compiled kernels read, as int64 at `address` of the host's memory."""
+    """Whole numbers that Python loops over and compiled kernels read, as int64 at `address`: in the host's memory,
+    unless they are held by a tensor of another device."""
 
-    memory: array[int]
+    memory: array[int] | Tensor
     address: int
     copies: dict[torch.device, Tensor]
 
@@ -24,16 +25,25 @@ class Ints(tuple[int, ...]):
         if type(values) is cls:
             return values
         made = super().__new__(cls, values)
-        made.memory = array("q", made)
-        made.address = made.memory.buffer_info()[0]
+        memory = array("q", made)
+        made.memory, made.address = memory, memory.buffer_info()[0]
         made.copies = {}
+        return made
+
+    @classmethod
+    def held(cls, numbers: Tensor, bounds: Iterable[int]) -> Ints:
+        """Numbers that change where they lie, in an int64 tensor: kernels read them there, and Python knows no more
+        than what they never exceed."""
+        made = cls(bounds)
+        made.memory, made.address = numbers, numbers.data_ptr()
+        made.copies = {numbers.device: numbers}
         return made
 
     def on(self, device: torch.device) -> Tensor:
         """int64 on a device. Copied once, however many layers ask."""
         if device not in self.copies:
-            values = torch.frombuffer(self.memory, dtype=torch.int64) if self else torch.empty(0, dtype=torch.int64)
-            self.copies[device] = values.to(device, non_blocking=True)
+            host = torch.frombuffer(self.memory, dtype=torch.int64) if self else torch.empty(0, dtype=torch.int64)
+            self.copies[device] = host.to(device, non_blocking=True)
         return self.copies[device]
 
     @classmethod

@@ -194,7 +194,8 @@ class RoundIndexFp8(Protocol):
 
 
 class StoreRows(Protocol):
-    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format.
+    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format; nothing for
+    a slot of -1.
 
     Packing rounds as round_kv, round_index_fp8 or (keys being rotated already) round_index do, and holds rows that were
     rounded by round_kv or round_index exactly.
@@ -236,6 +237,16 @@ class Repeat(Protocol):
     def kernel_under_way(self) -> str | None:
         """The kernel that a repeated step is in, as another thread sees it."""
         ...
+
+
+class Capture(Protocol):
+    """Notes what a computation asks of a device, so that it can be done again in one call.
+
+    record(compute) gives a function that does the work of compute() again: the same kernels on the same memory. Whether
+    `compute` itself has been carried out is left open. The result is overwritten by the next call of any such function.
+    """
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]: ...
 
 
 MakeRepeat = Callable[[Iterable[Tensor]], Repeat]  # over the weights and pools that steps read and write

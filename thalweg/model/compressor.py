@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thalweg.kernels.arguments import EntryTarget, TokenRows, Windows
+from thalweg.kernels.arguments import EntryTarget, TokenRows, Windows, plain_rows
 from thalweg.kernels.ops import Kernels
 from thalweg.model.inputs import CacheRows, CompressorInputs, RowWrites
 from thalweg.model.rotary import Angles
@@ -20,13 +20,6 @@ class CompressorStreams:
 
     pending: str
     tail: str | None
-
-
-def write_rows(cache_rows: Tensor, writes: RowWrites, rows: Tensor) -> None:
-    """Scatter new rows into a cache stream."""
-    if len(writes.slots) == 0:
-        return
-    cache_rows.index_copy_(0, writes.slots, writes.of(rows).to(cache_rows.dtype))
 
 
 class Compressor:
@@ -65,8 +58,8 @@ class Compressor:
             windows = self._windows(own, following, step, cache)
             self._kernels.insert_entries(windows, self._norm, self._eps, angles.cos, angles.sin, target)
         if tail is not None and step.tail_writes is not None:
-            write_rows(cache.rows(tail, self._layer), step.tail_writes, following)
-        write_rows(cache.rows(self._streams.pending, self._layer), step.pending_writes, own)
+            self._write(tail, step.tail_writes, following, cache)
+        self._write(self._streams.pending, step.pending_writes, own, cache)
 
     def _windows(self, own: Tensor, following: Tensor, step: CompressorInputs, cache: CacheRows) -> Windows:
         rows = TokenRows(cache.rows(self._streams.pending, self._layer), step.pending_slots, own)
@@ -75,3 +68,6 @@ class Compressor:
         assert step.tail_slots is not None, "windows overlap, and nothing says with what"
         before = TokenRows(cache.rows(self._streams.tail, self._layer), step.tail_slots, following)
         return Windows(rows, step.own, before, step.previous)
+
+    def _write(self, stream: str, writes: RowWrites, rows: Tensor, cache: CacheRows) -> None:
+        self._kernels.store_rows(plain_rows(cache.rows(stream, self._layer)), writes.slots, writes.of(rows))
