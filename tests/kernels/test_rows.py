@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels import formats
-from tests.kernels.backends import Kernels, every_backend
+from tests.kernels.backends import Kernels, every_backend, every_quick_backend, interpreted
 from tests.kernels.threads import ANY_THREADS, threads
 from thalweg.cache.geometry import RowKind, StreamSpec
 from thalweg.kernels.arguments import Packing, StoredRows, plain_rows
@@ -76,7 +76,7 @@ def test_the_sizes_of_v4() -> None:
     assert stored(Packing.FP4_INDEX, 128).data.shape[1] == 68
 
 
-@every_backend()
+@every_quick_backend()
 @pytest.mark.parametrize(("packing", "width", "rope"), CASES)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
@@ -110,7 +110,7 @@ def test_every_byte_is_read_as_the_format_says(kernels: Kernels, packing: Packin
     assert same(kernels.read_rows(cache, torch.arange(600)), expected)
 
 
-@every_backend()
+@every_quick_backend()
 def test_every_code_survives_under_every_scale(kernels: Kernels) -> None:
     """Writing what was read gives the same values again; scales below those that writing makes are left out."""
     codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
@@ -132,7 +132,7 @@ def again(kernels: Kernels, cache: StoredRows) -> None:
     assert same(kernels.read_rows(cache, torch.tensor([1])), first)
 
 
-@every_backend()
+@every_quick_backend()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=40, deadline=None)
 @given(values=st.lists(NUMBERS, min_size=1, max_size=9))
@@ -182,7 +182,7 @@ def test_many_rows_are_those_of_the_reference(
     kernels: Kernels, packing: Packing, width: int, rope: int, narrow: bool
 ) -> None:
     """Bytes of rows without NaN, values of all; slots in any order, in a pool that is a part of a larger one."""
-    count = 1 + (1 << 17) // width
+    count = 1 + (1 << (13 if interpreted(kernels) else 17)) // width
     rows = any_bits(count, width)
     rows = rows.bfloat16() if narrow else rows
     ours, theirs = (stored(packing, width, rope, slots=count + 3) for _ in range(2))
@@ -200,7 +200,7 @@ def test_many_rows_are_those_of_the_reference(
 @ANY_THREADS
 @pytest.mark.parametrize("width", [2, 8, 16, 64, 128, 512])
 def test_many_rounded_rows_are_those_of_the_reference(kernels: Kernels, width: int) -> None:
-    rows = any_bits(1 + (1 << 17) // width, width, seed=width)
+    rows = any_bits(1 + (1 << (13 if interpreted(kernels) else 17)) // width, width, seed=width)
     for ours, theirs in (
         (kernels.round_index(rows), REFERENCE.round_index(rows)),
         (kernels.round_index_fp8(rows), REFERENCE.round_index_fp8(rows)),

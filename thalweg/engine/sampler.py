@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thalweg.engine.request import Sequence
 from thalweg.errors import EngineError, GrammarError, ThalwegError
+from thalweg.kernels.reference.sampling import sample
 from thalweg.types import AllowedTokens, SampledToken, SamplingParams, TokenLogprob
 
 _log = logging.getLogger("thalweg.engine")
@@ -48,10 +49,11 @@ class Sampler:
         if allowed is not None and allowed.forced is not None:
             return _with_logprobs(raw, allowed.forced, params.logprobs)
         logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
-        if params.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            token = _draw(logits, params, _uniform(seed, sequence.output_tokens))
+        uniform = 0.0 if params.temperature == 0 else _uniform(seed, sequence.output_tokens)
+        controls = torch.tensor(
+            [[params.temperature, params.top_k, params.top_p, params.min_p, uniform]], dtype=torch.float64
+        )
+        token = int(sample(logits[None], controls))
         return _with_logprobs(raw, token, params.logprobs)
 
     def _masked(self, logits: Tensor, sequence: Sequence, allowed: AllowedTokens | None) -> Tensor:
@@ -117,23 +119,6 @@ def _repetition(logits: Tensor, sequence: Sequence, penalty: float) -> Tensor:
 def _uniform(seed: int, position: int) -> float:
     """A uniform number in [0, 1) that depends on the seed and the output position alone."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())
-
-
-def _draw(logits: Tensor, params: SamplingParams, uniform: float) -> int:
-    """Inverse-CDF draw from the truncated distribution, most likely tokens first (ties: lowest id first)."""
-    scaled = logits.double() / params.temperature
-    probabilities, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if params.top_k > 0:
-        keep[params.top_k :] = False
-    if params.top_p < 1.0:
-        keep &= probabilities.cumsum(-1) - probabilities < params.top_p
-    if params.min_p > 0.0:
-        keep &= probabilities >= params.min_p * probabilities[0]
-    keep[0] = True
-    weights = torch.where(keep, probabilities, torch.zeros_like(probabilities)).cumsum(-1)
-    place = int(torch.searchsorted(weights, uniform * weights[-1], right=True))
-    return int(order[min(place, int(keep.nonzero()[-1]))])
 
 
 def _with_logprobs(raw: Tensor, token: int, wanted: int | None) -> SampledToken:

@@ -87,6 +87,15 @@ class StoredRows:
     rope_dim: int = 0
 
 
+class RowRounding(StrEnum):
+    """To which values rows are rounded before they are stored, in whatever format."""
+
+    NONE = "none"
+    KV = "kv"  # as ops.RoundKv
+    INDEX = "index"  # as ops.RoundIndex, rotation included
+    INDEX_FP8 = "index_fp8"  # as ops.RoundIndexFp8
+
+
 def plain_rows(data: Tensor) -> StoredRows:
     """Rows [slots, width] of a float dtype."""
     return StoredRows(data, Packing.PLAIN, data.shape[-1])
@@ -131,3 +140,35 @@ class AttentionContext:
     entries: PagedRows | None
     ratio: int
     window: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of tokens as if they lay one after another: those in `slots` (int64) of a plain cache stream, then `new`."""
+
+    cached: Tensor
+    slots: Tensor
+    new: Tensor
+
+    def joined(self) -> Tensor:
+        return torch.cat([self.cached[self.slots], self.new])
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The tokens that each of E entries pools: own int64 [E, m] of `rows` and, where windows overlap, previous [E, m]
+    of `rows_before` (-1: none). Rows are fp32 [tokens, 2*dim], value then gate."""
+
+    rows: TokenRows
+    own: Tensor
+    rows_before: TokenRows | None = None
+    previous: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryTarget:
+    """Where entries go, slots int64 [E] (below 0: nowhere), and to which values they are rounded on the way."""
+
+    stored: StoredRows
+    slots: Tensor
+    rounding: RowRounding

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from thalweg.kernels.cases import caches, rows, stored
 from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
+from thalweg.kernels.cases.entries import INDEX_ROUNDINGS, KV_ROUNDINGS, insert_entries
 
 LIMIT = 1.0  # of gated units: with inputs of deviation 4 it cuts many
 ROWS = 45  # more than a tile of any backend's smallest, and no multiple of one
@@ -28,6 +29,8 @@ def check_cases() -> Iterator[Case]:
     yield from _attention()
     yield from _index()
     yield from _stored()
+    yield from _samples()
+    yield from _entries()
 
 
 def _products() -> Iterator[Case]:
@@ -58,7 +61,10 @@ def _elements() -> Iterator[Case]:
         yield rows.swiglu(f"{count} x {width}", count, width, LIMIT)
     yield rows.rms_norm(f"{ROWS} x 64, no weight", ROWS, 64, weighted=False)
     for count, heads, width, rope in ((1, 4, 64, 16), (ROWS, 3, 17, 10), (ROWS, 1, 8, 8), (70, 2, 512, 64)):
-        yield rows.rotate(f"{count} x {heads} x {width}, {rope} rotated", count, heads, width, rope)
+        shape = f"{count} x {heads} x {width}, {rope} rotated"
+        yield rows.rotate(shape, count, heads, width, rope)
+        yield rows.norm_rotate(shape, count, heads, width, rope, weighted=heads == 1)
+        yield rows.rotate_to(shape, count, heads, width, rope)
     for entries, tokens, width in ((1, 4, 64), (ROWS, 4, 8), (7, 128, 48), (20, 4, 33), (3, 3, 1)):
         for overlap in (False, True):
             shape = f"{entries} x {tokens} tokens x {width}{', overlapping' if overlap else ''}"
@@ -139,3 +145,29 @@ def _stored() -> Iterator[Case]:
         for count, width in ((1, 128), (ROWS, 48), (7, 2)):
             yield stored.store_rows(f"{form.name} keys, {count} x {width}", form, count, width)
             yield stored.read_rows(f"{form.name} keys, {count} x {width}", form, count, width)
+
+
+def _samples() -> Iterator[Case]:
+    for how in ("greedy", "plain", "truncated"):
+        for count, vocab in ((1, 128), (ROWS, 33), (7, 9000)):
+            yield rows.sample(f"{count} x {vocab}, {how}", count, vocab, how)
+    yield rows.sample("3 x 1, truncated", 3, 1, "truncated")
+
+
+def _entries() -> Iterator[Case]:
+    for form, rounding in KV_ROUNDINGS:
+        for count, tokens, width, rope, overlap in (
+            (1, 4, 512, 64, True),
+            (ROWS, 3, 41, 10, False),
+            (5, 128, 72, 8, False),
+        ):
+            shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} rows"
+            yield insert_entries(shape, (form, rounding), count, tokens, width, rope, overlap=overlap)
+    for form, rounding in INDEX_ROUNDINGS:
+        for count, tokens, width, rope, overlap in (
+            (1, 4, 128, 64, True),
+            (ROWS, 4, 16, 4, True),
+            (7, 2, 64, 2, False),
+        ):
+            shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} keys"
+            yield insert_entries(shape, (form, rounding), count, tokens, width, rope, overlap=overlap)

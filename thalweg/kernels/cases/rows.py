@@ -71,6 +71,38 @@ def rotate(shape: str, rows: int, heads: int, width: int, rope: int) -> Case:
     return Case("rotate", shape, sizes, rows, inputs)
 
 
+def norm_rotate(shape: str, rows: int, heads: int, width: int, rope: int, *, weighted: bool) -> Case:
+    """Heads are rows to the op's costs."""
+
+    def inputs(source: Source) -> Bind:
+        angles, x = source.normal(rows, rope // 2) * 100, source.normal(rows, heads, width)
+
+        def call(kernels: Kernels, *given: Tensor) -> Tensor:
+            *weight, x, c, s = given
+            return kernels.norm_rotate(x, weight[0] if weighted else None, NORM_EPS, c, s)
+
+        fixed = (source.normal(width),) if weighted else ()
+        return over_rows(call, (x, Wide(angles.cos()), Wide(angles.sin())), fixed=fixed)
+
+    sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
+    return Case("norm_rotate", shape, sizes, rows, inputs)
+
+
+def rotate_to(shape: str, rows: int, heads: int, width: int, rope: int) -> Case:
+    """From fp32 to the dtype of the activations, which an input of no elements tells."""
+
+    def inputs(source: Source) -> Bind:
+        angles, x = source.normal(rows, rope // 2) * 100, source.normal(rows, heads, width)
+        return over_rows(
+            lambda kernels, like, x, c, s: kernels.rotate_to(x.clone(), c, s, like.dtype),
+            (Wide(x), Wide(angles.cos()), Wide(angles.sin())),
+            fixed=(source.normal(0),),
+        )
+
+    sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
+    return Case("rotate_to", shape, sizes, rows, inputs)
+
+
 def mix_in(shape: str, rows: int, streams: int, hidden: int, iterations: int = 20) -> Case:
     def inputs(source: Source) -> Bind:
         outputs = (2 + streams) * streams
@@ -209,3 +241,20 @@ def rounding(op: str, shape: str, rows: int, width: int, rope: int = 0) -> Case:
         return over_rows(lambda kernels, x: getattr(kernels, op)(x, *arguments), (x,))
 
     return Case(op, shape, {"rows": rows, "width": width, "element": ELEMENT}, rows, inputs)
+
+
+def sample(shape: str, rows: int, vocab: int, how: str) -> Case:
+    """`how`: greedy, plain (the temperature alone), or truncated (by everything, in some rows)."""
+
+    def inputs(source: Source) -> Bind:
+        logits = source.normal(rows, vocab) * 4
+        temperature, top_k, top_p, min_p, uniform = source.integers(0, 1 << 24, rows, 5).div(1 << 24).unbind(1)
+        temperature = temperature * 2 * (how != "greedy")
+        off, some = torch.tensor([0.0, 1.0, 0.0]), torch.stack([(top_k * vocab / 4).ceil(), top_p, min_p**3], 1)
+        truncated = torch.where(source.integers(0, 2, rows, 3).bool() & (how == "truncated"), some, off)
+        controls = torch.cat([temperature[:, None], truncated, uniform[:, None]], 1)
+        return over_rows(
+            lambda kernels, logits, controls: kernels.sample(logits, controls.double()), (logits, Wide(controls))
+        )
+
+    return Case("sample", shape, {"rows": rows, "vocab": vocab}, rows, inputs)

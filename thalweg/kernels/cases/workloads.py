@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import load_model_config
-from thalweg.kernels.cases import caches, rows, stored
+from thalweg.kernels.cases import caches, entries, rows, stored
 from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
 from thalweg.kernels.spec import OPS
@@ -48,7 +48,7 @@ def _race() -> ModelConfig:
 
 def workloads(config: ModelConfig) -> list[Case]:
     """Every op at least once, in the order of spec.py."""
-    makers = (_linear, _grouped, _elements, _mixes, _compress, _index, _attention, _experts, _stored)
+    makers = (_linear, _grouped, _elements, _mixes, _compress, _index, _attention, _experts, _stored, _samples)
     order = [spec.name for spec in OPS]
     return sorted((case for make in makers for case in make(config)), key=lambda case: order.index(case.op))
 
@@ -87,7 +87,11 @@ def _elements(config: ModelConfig) -> Iterator[Case]:
     for count, step in _NAMES.items():
         yield rows.rms_norm(f"{step}, hidden {hidden}", count, hidden)
         yield rows.rms_norm(f"{step}, {heads} heads of {width}", count * heads, width, weighted=False)
-        yield rows.rotate(f"{step}, {heads} heads of {width}", count, heads, width, rope)
+        shape = f"{step}, {heads} heads of {width}"
+        yield rows.rotate(shape, count, heads, width, rope)
+        yield rows.norm_rotate(shape, count, heads, width, rope, weighted=False)
+        yield rows.norm_rotate(f"{step}, {width}", count, 1, width, rope, weighted=True)
+        yield rows.rotate_to(shape, count, heads, width, rope)
         yield rows.swiglu(
             f"{step}, {config.moe_intermediate_size}", count, config.moe_intermediate_size, config.swiglu_limit
         )
@@ -114,9 +118,21 @@ def _mixes(config: ModelConfig) -> Iterator[Case]:
 
 def _compress(config: ModelConfig) -> Iterator[Case]:
     for tokens, overlap in ((config.csa_ratio, True), (config.hca_ratio, False)):
-        for entries, step in ((1, "one entry"), (CHUNK // tokens, "prefill 1024")):
+        for count, step in ((1, "one entry"), (CHUNK // tokens, "prefill 1024")):
             shape = f"{step}, {tokens} tokens of {config.head_dim}"
-            yield rows.compress(shape, entries, tokens, config.head_dim, overlap=overlap)
+            yield rows.compress(shape, count, tokens, config.head_dim, overlap=overlap)
+            yield from inserted(config, step, count, tokens)
+
+
+def inserted(config: ModelConfig, step: str, count: int, tokens: int) -> Iterator[Case]:
+    """Entries of one compressor, and the index keys beside them, in the formats that are served."""
+    overlap = tokens == config.csa_ratio
+    groups = [("KV", entries.KV_ROUNDINGS[-1], config.head_dim)]
+    if overlap:
+        groups.append(("keys", entries.INDEX_ROUNDINGS[-1], config.index_head_dim))
+    for name, form, width in groups:
+        shape, rope = f"{step}, {tokens} tokens of {width}, {form[0].name} {name}", config.rope_dim
+        yield entries.insert_entries(shape, form, count, tokens, width, rope, overlap=overlap, steady=False)
 
 
 def _steps() -> Iterator[tuple[str, tuple[Span, ...]]]:
@@ -171,3 +187,10 @@ def _stored(config: ModelConfig) -> Iterator[Case]:
         form = stored.INDEX_FORMATS[-1]
         yield stored.store_rows(f"{step}, {form.name} keys {index}", form, count, index)
         yield stored.read_rows(f"{step}, {form.name} keys {index}", form, count, index)
+
+
+def _samples(config: ModelConfig) -> Iterator[Case]:
+    for count, step in _NAMES.items():
+        if count != CHUNK:
+            yield rows.sample(f"{step}, {config.vocab_size} logits", count, config.vocab_size, "plain")
+            yield rows.sample(f"{step}, {config.vocab_size} logits, truncated", count, config.vocab_size, "truncated")
