@@ -8,18 +8,19 @@ is being copied is held like a running request's blocks.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 
 from thalweg.cache.geometry import CacheGroupSpec, Group
+from thalweg.cache.keys import UnitKeys
 from thalweg.cache.policy import CheckpointPolicy, CheckpointReason, Resume
 from thalweg.cache.pool import BlockPool, GroupUsage
 from thalweg.cache.prefix_index import Blocks, Match, Namespace, PrefixIndex, UnitNode
 from thalweg.cache.sequence import SequenceCache, Snapshot
 from thalweg.cache.tables import GrowingTable, SlidingTable
-from thalweg.types import CacheReport, MissReason, TokenArray
+from thalweg.types import CacheReport, MissReason
 
 Held = tuple[tuple[Group, int], ...]
-_NO_MATCH = Match((), 0, 0, False)
+_NO_MATCH = Match((), 0, False)
 _FRESH_KEPT = 4096
 
 
@@ -33,12 +34,13 @@ class Coordinator:
         policy: CheckpointPolicy,
         *,
         prefix_caching: bool = True,
+        keys: UnitKeys | None = None,
     ) -> None:
         self.groups = groups
         self.policy = policy
         self.prefix_caching = prefix_caching
         self.pools = {spec.group: BlockPool(pool_blocks[spec.group]) for spec in groups}
-        self.index = PrefixIndex(policy.unit_tokens)
+        self.index = PrefixIndex(policy.unit_tokens, keys)
         self.fresh_checkpoints: deque[UnitNode] = deque(maxlen=_FRESH_KEPT)  # made since somebody last took them
         self.checkpoints_made: Counter[CheckpointReason] = Counter()
         self.evicted: Counter[Group] = Counter()  # units or checkpoints, by the group that needed room
@@ -49,7 +51,7 @@ class Coordinator:
 
     # -- attaching --------------------------------------------------------------------------------------------
 
-    def probe(self, tokens: TokenArray, namespace: Namespace) -> Match:
+    def probe(self, tokens: Sized, namespace: Namespace) -> Match:
         """How far `tokens` is cached. Changes nothing. At least one token is always left to compute."""
         if not self.prefix_caching:
             return _NO_MATCH
@@ -60,7 +62,7 @@ class Coordinator:
         return (tokens - 1) // self.policy.unit_tokens
 
     def attach(
-        self, tokens: TokenArray, namespace: Namespace, hints: Iterable[int] = (), *, reuse: bool = True
+        self, tokens: Sized, namespace: Namespace, hints: Iterable[int] = (), *, reuse: bool = True
     ) -> SequenceCache | None:
         """Start a request where least is left to compute, or None if the pools cannot promise room for its tokens.
 
@@ -120,32 +122,34 @@ class Coordinator:
             for unit_node in attached:
                 table.append(self.pools[spec.group].share(unit_node.blocks[spec.group]))
         for spec in self._sliding:
-            cache.sliding[spec.group] = SlidingTable()
+            cache.sliding[spec.group] = SlidingTable(spec)
         self._running.add(cache)
         return cache
 
     def _share_checkpoint(self, cache: SequenceCache, node: UnitNode) -> None:
         assert node.checkpoint is not None, "resumed at a unit without a checkpoint"
         for spec in self._sliding:
-            numbers = self.checkpoint_numbers(spec, cache.computed_tokens)
+            numbers = spec.checkpoint_numbers(cache.computed_tokens)
             for number, block in zip(numbers, node.checkpoint[spec.group], strict=True):
                 cache.sliding[spec.group].put(number, self.pools[spec.group].share(block))
 
     def _room_for(self, attached: Sequence[UnitNode], tokens: int) -> bool:
         """True if every known token of this request fits beside what running requests were promised."""
+        promised = 0  # the same in all compressed groups: they grow together, and a block of each is a unit
+        for spec in self._compressed[:1]:
+            size, group = spec.tokens_per_block, spec.group
+            ahead = [(c.target_tokens, len(c.growing[group])) for c in self._running]
+            promised = sum(-(-target // size) - held for target, held in ahead if held * size < target)
         for spec in self._compressed:
             pool = self.pools[spec.group]
-            promised = sum(
-                max(0, -(-c.target_tokens // spec.tokens_per_block) - len(c.growing[spec.group])) for c in self._running
-            )
             shared = [node.blocks[spec.group] for node in attached]
-            idle = pool.idle_blocks - sum(pool.is_idle(block) for block in shared)
+            idle = pool.idle_blocks - sum(map(pool.is_idle, shared))
             if -(-tokens // spec.tokens_per_block) - len(shared) > pool.free_blocks + idle - promised:
                 return False
         return True
 
     def _explain(
-        self, match: Match, tokens: TokenArray, namespace: Namespace, caching: bool
+        self, match: Match, tokens: Sized, namespace: Namespace, caching: bool
     ) -> tuple[MissReason, int | None]:
         limit = self.reusable_units(len(tokens))
         if not caching:
@@ -157,19 +161,20 @@ class Coordinator:
         if match.next_was_evicted:
             return MissReason.EVICTED, None
         if len(match.path) > match.resume and self.policy.keeps:
-            return MissReason.NO_CHECKPOINT, match.common_tokens
-        if match.path:
-            return (MissReason.DIVERGED, match.common_tokens) if match.path[-1].children else (MissReason.NONE, None)
-        if self.index.under_other_salt(namespace, tokens):
+            reason = MissReason.NO_CHECKPOINT
+        elif match.path and not match.path[-1].children:
+            return MissReason.NONE, None
+        elif not match.path and self.index.under_other_salt(namespace, tokens):
             return MissReason.TENANT, None
-        known = self.index.root(namespace).children
-        return (MissReason.DIVERGED, match.common_tokens) if known else (MissReason.COLD, None)
+        elif not match.path and not self.index.root(namespace).children:
+            return MissReason.COLD, None
+        else:
+            reason = MissReason.DIVERGED
+        return reason, self.index.common_tokens(namespace, match, tokens)
 
     # -- lower tiers ------------------------------------------------------------------------------------------
 
-    def begin_load(
-        self, tokens: TokenArray, namespace: Namespace, units: int, *, checkpoint: bool
-    ) -> SequenceCache | None:
+    def begin_load(self, tokens: Sized, namespace: Namespace, units: int, *, checkpoint: bool) -> SequenceCache | None:
         """Blocks for the rows of the first `units` units that are not here, and for the checkpoint after them.
 
         The result counts as a running request until `finish_load`. None if the pools cannot promise room for the
@@ -181,15 +186,15 @@ class Coordinator:
         unit = self.policy.unit_tokens
         node = path[-1] if path else self.index.root(namespace)
         cache = self._start(CacheReport(), Resume(len(path), len(path) * unit, 0), node, {}, path, len(tokens))
-        wanted: dict[Group, list[int]] = {s.group: list(range(len(path), units)) for s in self._compressed}
+        wanted: dict[Group, Sequence[int]] = {s.group: range(len(path), units) for s in self._compressed}
         for spec in self._sliding:
-            wanted[spec.group] = list(self.checkpoint_numbers(spec, units * unit)) if checkpoint else []
+            wanted[spec.group] = list(spec.checkpoint_numbers(units * unit)) if checkpoint else []
         if not self._allocate(cache, wanted):
             self._drop(cache)
             return None
         return cache
 
-    def finish_load(self, cache: SequenceCache, tokens: TokenArray, units: int, *, checkpoint: bool) -> None:
+    def finish_load(self, cache: SequenceCache, tokens: Sized, units: int, *, checkpoint: bool) -> None:
         """Rows up to unit `units` have arrived: publish them, with the checkpoint after them if that has, too."""
         unit = self.policy.unit_tokens
         assert cache.computed_tokens <= units * unit, "less was loaded than was there before"
@@ -199,7 +204,7 @@ class Coordinator:
         self._publish(cache, tokens, start - 1)
         self._drop(cache)
 
-    def restore(self, tokens: TokenArray, namespace: Namespace, saved: Snapshot) -> SequenceCache | None:
+    def restore(self, tokens: Sized, namespace: Namespace, saved: Snapshot) -> SequenceCache | None:
         """Blocks for a request that gave way and comes back with its rows; None if there is no room.
 
         It holds the same block numbers as before. Blocks of units that the index still has are shared: `rows_from` says
@@ -220,7 +225,7 @@ class Coordinator:
             return None
         return cache
 
-    def finish_restore(self, cache: SequenceCache, tokens: TokenArray, saved: Snapshot, *, filled: bool) -> None:
+    def finish_restore(self, cache: SequenceCache, tokens: Sized, saved: Snapshot, *, filled: bool) -> None:
         """The blocks of a restored request hold its rows again, or, where they could not be filled, are given up."""
         if not filled:
             self._drop(cache)
@@ -249,35 +254,41 @@ class Coordinator:
         self._held.subtract(held)
         self._held += Counter()  # drops the zeros
 
-    def _allocate(self, cache: SequenceCache, wanted: Mapping[Group, list[int]]) -> bool:
+    def _allocate(self, cache: SequenceCache, wanted: Mapping[Group, Sequence[int]]) -> bool:
         """Give a request free blocks at these numbers in every pool, or in none and False. May evict idle blocks."""
-        if not self._make_room(wanted):
+        lacking = {}
+        for group, numbers in wanted.items():
+            if len(numbers) > (spare := len(cache.sliding[group].spare) if group in cache.sliding else 0):
+                lacking[group] = len(numbers) - spare
+        if lacking and not self._make_room(lacking):
             return False
-        for spec in self.groups:
+        for spec in self._compressed:
+            for _ in wanted[spec.group]:
+                cache.growing[spec.group].append(self.pools[spec.group].allocate())
+        for spec in self._sliding:
+            table, pool = cache.sliding[spec.group], self.pools[spec.group]
             for number in wanted[spec.group]:
-                block = self.pools[spec.group].allocate()
-                if spec.compressed:
-                    cache.growing[spec.group].append(block)
-                else:
-                    cache.sliding[spec.group].put(number, block)
+                table.put(number, table.spare.pop() if table.spare else pool.allocate())
         return True
 
     def _drop(self, cache: SequenceCache) -> None:
         """Take a request's references back."""
         if cache.node is not None:
             self.index.unpin(cache.node)
-        for group, block in cache.blocks():
-            self.pools[group].release(block)
+        cache.release(self.pools)
         self._running.remove(cache)
 
     # -- steps ------------------------------------------------------------------------------------------------
 
     def reserve(self, cache: SequenceCache, end: int) -> bool:
         """Blocks for computing tokens up to `end`: in all pools, or in none and False. May evict idle blocks."""
+        if cache.begins_alone(end, self.policy.unit_tokens, self.pools):
+            return True
         planned = self._planned(cache, end)
-        if not self._allocate(cache, self._wanted(cache, end, planned)):
+        last = self._last_boundary(cache, end)
+        if not self._allocate(cache, cache.wanted(self.groups, end, last, planned)):
             planned = {}  # checkpoints are a wish, the step itself is not
-            if not self._allocate(cache, self._wanted(cache, end, planned)):
+            if not self._allocate(cache, cache.wanted(self.groups, end, last, planned)):
                 return False
         cache.planned = planned
         return True
@@ -289,17 +300,21 @@ class Coordinator:
         start = max(cache.computed_tokens, cache.rows_from - 1)
         return self.policy.wanted(cache.chosen, start, end)
 
-    def commit(self, cache: SequenceCache, tokens: TokenArray, end: int) -> None:
+    def commit(self, cache: SequenceCache, tokens: Sized, end: int) -> None:
         """Tokens up to `end` are in the blocks: publish finished units and let go of what is not needed any more."""
+        if cache.ends_alone(end, self.policy.unit_tokens, self.pools):
+            return
         start, cache.computed_tokens = cache.computed_tokens, end
         self._publish(cache, tokens, start)
         cache.planned = {}
+        last = self._last_boundary(cache, end)
         for spec in self._sliding:
-            table = cache.sliding[spec.group]
-            keep = set(self._live_numbers(spec, end, cache.node is not None))
-            for number in table.numbers():
-                if number not in keep:
-                    self.pools[spec.group].release(table.pop(number))
+            table, pool = cache.sliding[spec.group], self.pools[spec.group]
+            needed = spec.needed_numbers(end, last)
+            for number in [n for n in table.numbers() if n not in needed]:
+                block = table.pop(number)
+                if not (pool.is_sole(block) and table.spare_if_few(block)):
+                    pool.release(block)
 
     def release(self, cache: SequenceCache, *, keep_state: bool) -> None:
         """End a request. With `keep_state` the last boundary it passed gets a checkpoint (end of output)."""
@@ -310,33 +325,11 @@ class Coordinator:
             self._keep_checkpoint(cache, node, CheckpointReason.END_OF_OUTPUT)
         self._drop(cache)
 
-    def _wanted(self, cache: SequenceCache, end: int, planned: Iterable[int]) -> dict[Group, list[int]]:
-        """Block numbers that the step to `end` writes and the request does not hold yet."""
-        wanted = {}
-        for spec in self.groups:
-            size = spec.tokens_per_block
-            if spec.compressed:
-                wanted[spec.group] = list(range(len(cache.growing[spec.group]), -(-end // size)))
-                continue
-            numbers = set(self._live_numbers(spec, end, cache.node is not None))
-            numbers.update(n for p in planned for n in self.checkpoint_numbers(spec, p))
-            first = cache.computed_tokens // size
-            held = cache.sliding[spec.group]
-            wanted[spec.group] = sorted(n for n in numbers if n >= first and n not in held)
-        return wanted
+    def _last_boundary(self, cache: SequenceCache, end: int) -> int | None:
+        """Where a request that ends after a step to `end` gets a checkpoint; None: nowhere."""
+        return self.policy.boundary(end) if cache.node is not None else None
 
-    def checkpoint_numbers(self, spec: CacheGroupSpec, boundary: int) -> range:
-        """Block numbers of a sliding group that a checkpoint at a unit boundary consists of."""
-        return range(spec.first_live_block(boundary), boundary // spec.tokens_per_block)
-
-    def _live_numbers(self, spec: CacheGroupSpec, end: int, publishing: bool) -> list[int]:
-        """Block numbers needed after a step to `end`: to go on, and to checkpoint the last boundary if it ends here."""
-        numbers = list(range(spec.first_live_block(end), -(-end // spec.tokens_per_block)))
-        if publishing:
-            numbers += self.checkpoint_numbers(spec, self.policy.boundary(end))
-        return numbers
-
-    def _publish(self, cache: SequenceCache, tokens: TokenArray, start: int) -> None:
+    def _publish(self, cache: SequenceCache, tokens: Sized, start: int) -> None:
         """Walk or extend the index to the last complete unit; attach the planned checkpoints on the way.
 
         `start` is where the step began: a replay ends on the unit that it stands on already.
@@ -384,7 +377,7 @@ class Coordinator:
         blocks: dict[Group, tuple[int, ...]] = {}
         for spec in self._sliding:
             table = cache.sliding[spec.group]
-            numbers = self.checkpoint_numbers(spec, node.depth * self.policy.unit_tokens)
+            numbers = spec.checkpoint_numbers(node.depth * self.policy.unit_tokens)
             if any(number not in table for number in numbers):
                 return
             blocks[spec.group] = tuple(table[number] for number in numbers)
@@ -406,13 +399,16 @@ class Coordinator:
 
     # -- eviction ---------------------------------------------------------------------------------------------
 
-    def _make_room(self, wanted: Mapping[Group, list[int]]) -> bool:
+    def _make_room(self, wanted: Mapping[Group, int]) -> bool:
         """Evict until every pool has the wanted number of free blocks; False, with nothing evicted, if one cannot."""
-        if any(p.free_blocks + p.idle_blocks < len(wanted[g]) for g, p in self.pools.items()):
+        pools = self.pools
+        if all(pools[group].free_blocks >= count for group, count in wanted.items()):
+            return True
+        if any(pools[group].free_blocks + pools[group].idle_blocks < count for group, count in wanted.items()):
             return False
-        for spec in self.groups:
+        for spec in [s for s in self.groups if s.group in wanted]:
             evict = self._evict_unit if spec.compressed else self._evict_checkpoint
-            while self.pools[spec.group].free_blocks < len(wanted[spec.group]):
+            while pools[spec.group].free_blocks < wanted[spec.group]:
                 if not evict(spec.group):
                     return False
         return True
@@ -490,4 +486,4 @@ class Coordinator:
                     expected[group][block] += 1
         for group, pool in self.pools.items():
             pool.check()
-            assert pool.references().tolist() == expected[group], f"references of group {group} do not add up"
+            assert pool.references() == expected[group], f"references of group {group} do not add up"

@@ -65,6 +65,22 @@ class CacheGroupSpec:
             return 0
         return max(0, position // self.tokens_per_block - self.blocks_behind)
 
+    def live_numbers(self, end: int) -> range:
+        """Block numbers needed to go on after the token before `end`."""
+        return range(self.first_live_block(end), -(-end // self.tokens_per_block))
+
+    def needed_numbers(self, end: int, boundary: int | None) -> set[int]:
+        """The same, with those of a checkpoint at a boundary."""
+        size, behind = self.tokens_per_block, self.blocks_behind or 0
+        numbers = set(range(max(0, end // size - behind), -(-end // size)))
+        if boundary is not None:
+            numbers.update(range(max(0, boundary // size - behind), boundary // size))
+        return numbers
+
+    def checkpoint_numbers(self, boundary: int) -> range:
+        """Block numbers of a sliding group that a checkpoint at a unit boundary consists of."""
+        return range(self.first_live_block(boundary), boundary // self.tokens_per_block)
+
 
 def _compressed(group: Group, unit: int, ratio: int, stream: tuple[RowKind, tuple[int, ...], int]) -> CacheGroupSpec:
     kind, layers, width = stream

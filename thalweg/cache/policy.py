@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from thalweg.config.model import ModelConfig
+from thalweg.config.options import split_window_policy
 
 # One checkpoint for every 16 units (2,048 tokens) of compressed capacity: agents' turns are about that long, and on
 # Flash's shapes the checkpoints then take a third of the bytes of the cache, far from the 87% that one per unit takes.
@@ -68,6 +69,15 @@ def exact_replay_tokens(config: ModelConfig) -> int:
 def bounded_replay_tokens(config: ModelConfig) -> int:
     """One window, in whole units."""
     return -(-config.window // config.unit_tokens) * config.unit_tokens
+
+
+def policy_of(config: ModelConfig, window_policy: str, checkpoint_interval: int) -> CheckpointPolicy:
+    """The policy that an option such as `boundary` or `interval:2048` names, for one model. Raises ConfigError."""
+    name, interval = split_window_policy(window_policy)
+    kind = WindowPolicy(name)
+    bounded = kind is WindowPolicy.BOUNDED_REPLAY
+    replay = bounded_replay_tokens(config) if bounded else exact_replay_tokens(config)
+    return CheckpointPolicy(config.unit_tokens, interval or checkpoint_interval, kind, replay)
 
 
 @dataclass(frozen=True, slots=True)

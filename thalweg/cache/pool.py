@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True, slots=True)
 class GroupUsage:
@@ -28,8 +26,8 @@ class BlockPool:
     def __init__(self, total_blocks: int) -> None:
         self.total_blocks = total_blocks
         self._free = list(range(total_blocks - 1, -1, -1))
-        self._references = np.zeros(total_blocks, np.int32)
-        self._cached = np.zeros(total_blocks, np.int32)  # of the references, how many are the index's
+        self._references = [0] * total_blocks  # lists: single elements of arrays take five times as long
+        self._cached = [0] * total_blocks  # of the references, how many are the index's
         self._idle_blocks = 0
         self._cached_blocks = 0
 
@@ -56,55 +54,59 @@ class BlockPool:
 
     def share(self, block: int) -> int:
         """Add a reference of a request to a block that somebody holds."""
-        assert self._references[block] > 0, "shared a block that nobody holds"
-        if self._idle(block):
+        count = self._references[block]
+        assert count > 0, "shared a block that nobody holds"
+        if count == self._cached[block]:
             self._idle_blocks -= 1
-        self._references[block] += 1
+        self._references[block] = count + 1
         return block
 
     def release(self, block: int) -> None:
         """Drop a request's reference."""
-        assert self._references[block] > self._cached[block], "released more often than held"
-        self._references[block] -= 1
-        if self._idle(block):
-            self._idle_blocks += 1
-        elif self._references[block] == 0:
+        count, cached = self._references[block] - 1, self._cached[block]
+        assert count >= cached, "released more often than held"
+        self._references[block] = count
+        if count == 0:
             self._free.append(block)
+        elif count == cached:
+            self._idle_blocks += 1
 
     def keep(self, block: int) -> None:
         """Add a reference of the prefix index to a block that a request holds."""
-        assert self._references[block] > self._cached[block], "cached a block that no request holds"
-        self._cached_blocks += int(self._cached[block] == 0)
-        self._cached[block] += 1
+        cached = self._cached[block]
+        assert self._references[block] > cached, "cached a block that no request holds"
+        if cached == 0:
+            self._cached_blocks += 1
+        self._cached[block] = cached + 1
         self._references[block] += 1
 
     def drop(self, block: int) -> None:
         """Drop a reference of the prefix index."""
-        assert self._cached[block] > 0, "dropped a block that was not cached"
-        was_idle = self._idle(block)
-        self._cached[block] -= 1
-        self._references[block] -= 1
-        self._cached_blocks -= int(self._cached[block] == 0)
-        if self._references[block] == 0:
-            self._free.append(block)
-        self._idle_blocks -= was_idle and not self._idle(block)
+        cached, count = self._cached[block] - 1, self._references[block] - 1
+        assert cached >= 0, "dropped a block that was not cached"
+        self._cached[block], self._references[block] = cached, count
+        if cached == 0:
+            self._cached_blocks -= 1
+            if count == 0:
+                self._free.append(block)
+                self._idle_blocks -= 1
 
     def is_idle(self, block: int) -> bool:
-        return self._idle(block)
+        return 0 < self._cached[block] == self._references[block]
 
-    def _idle(self, block: int) -> bool:
-        return bool(0 < self._cached[block] == self._references[block])
+    def is_sole(self, block: int) -> bool:
+        """Whether one request holds a block and nobody else does."""
+        return self._references[block] == 1 and self._cached[block] == 0
 
-    def references(self) -> np.ndarray:
-        """Reference counts, int32 [total_blocks]: for conservation checks."""
-        return self._references.copy()
+    def references(self) -> list[int]:
+        """Reference counts by block: for conservation checks."""
+        return list(self._references)
 
     def check(self) -> None:
         """Raise AssertionError unless every block is counted exactly once."""
-        held = int((self._references > 0).sum())
+        held = sum(count > 0 for count in self._references)
         assert held + len(self._free) == self.total_blocks, "a block was lost"
         assert len(set(self._free)) == len(self._free), "a block is free twice"
         assert all(self._references[block] == 0 for block in self._free), "a free block is held"
-        idle = int(((self._references == self._cached) & (self._cached > 0)).sum())
-        assert idle == self._idle_blocks, "the idle count drifted"
-        assert int((self._cached > 0).sum()) == self._cached_blocks, "the cached count drifted"
+        assert sum(self.is_idle(b) for b in range(self.total_blocks)) == self._idle_blocks, "the idle count drifted"
+        assert sum(count > 0 for count in self._cached) == self._cached_blocks, "the cached count drifted"

@@ -8,17 +8,17 @@ The index never allocates: it keeps references to blocks that requests wrote.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-
-import numpy as np
+from typing import Any
 
 from thalweg.cache.geometry import Group
+from thalweg.cache.keys import TokenKeys, UnitKeys
 from thalweg.cache.policy import CheckpointReason
 from thalweg.cache.retention import priority, risen
-from thalweg.types import TokenArray
 
 _EVICTED_REMEMBERED = 1 << 16  # digests kept to tell `evicted` from `diverged`; 9 MiB at most
 _ROOTS_KEPT = 4096  # namespaces; beyond that, those without a unit are forgotten
@@ -47,8 +47,8 @@ class UnitNode:
 
     __slots__ = (
         "alive", "blocks", "checkpoint", "checkpoint_stored", "checkpoint_uses", "checkpoint_value", "children",
-        "depth", "digest", "key", "namespace", "parent", "pins", "queued", "reason", "saved_tokens", "stored", "used",
-        "uses", "value",
+        "depth", "digest", "key", "namespace", "parent", "pins", "queued", "reason", "saved_tokens", "sorted_keys",
+        "stored", "used", "uses", "value",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +60,7 @@ class UnitNode:
         self.depth: int = parent.depth + 1 if parent else 0
         self.digest: bytes = unit_digest(parent.digest if parent else b"", key)
         self.children: dict[bytes, UnitNode] = {}
+        self.sorted_keys: list[bytes] = []  # of the children, where there are several
         self.blocks = dict(blocks)
         self.checkpoint: dict[Group, tuple[int, ...]] | None = None
         self.reason: CheckpointReason | None = None  # of the checkpoint
@@ -72,26 +73,26 @@ class UnitNode:
         self.checkpoint_uses = 1
         self.checkpoint_value = 0.0
         self.pins = 0
-        self.queued: set[int] = set()  # the eviction queues (by id) that have an entry of this unit
+        self.queued = 0  # the eviction queues that have an entry of this unit, as bits
         self.alive = True
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """How far a prompt is known. `path` has the matching units from the first on; `resume` <= len(path) is the
-    number of units after which a checkpoint exists; `common_tokens` is the first token that differs."""
+    number of units after which a checkpoint exists."""
 
     path: tuple[UnitNode, ...]
     resume: int
-    common_tokens: int
     next_was_evicted: bool
 
 
 class PrefixIndex:
     """See the module. `unit_tokens` is the step of the tree."""
 
-    def __init__(self, unit_tokens: int) -> None:
+    def __init__(self, unit_tokens: int, keys: UnitKeys | None = None) -> None:
         self.unit_tokens = unit_tokens
+        self._keys = keys or TokenKeys(unit_tokens)
         self._roots: dict[bytes, UnitNode] = {}
         self._tenants: defaultdict[bytes, set[bytes]] = defaultdict(set)  # roots of a tenant
         self._clock = 0
@@ -118,49 +119,61 @@ class PrefixIndex:
             root.alive = False
             self._tenants[root.namespace.tenant].discard(own)
 
-    def digests(self, namespace: Namespace, tokens: TokenArray, units: int) -> list[bytes]:
+    def digests(self, namespace: Namespace, tokens: Any, units: int) -> list[bytes]:
         """The digests of the first `units` units of a prompt."""
         parent, found = unit_digest(b"", namespace.own), []
-        for unit in range(units):
-            parent = unit_digest(parent, self._key(tokens, unit))
+        for key in self._keys.first_keys(tokens, units):
+            parent = unit_digest(parent, key)
             found.append(parent)
         return found
 
-    def content_digest(self, namespace: Namespace, tokens: TokenArray) -> bytes:
+    def content_digest(self, namespace: Namespace, tokens: Any) -> bytes:
         """Stands for a prompt's first unit whatever model computed it."""
-        return unit_digest(namespace.content, self._key(tokens, 0))
+        return unit_digest(namespace.content, self._keys.key(tokens, 0))
 
-    def under_other_salt(self, namespace: Namespace, tokens: TokenArray) -> bool:
+    def under_other_salt(self, namespace: Namespace, tokens: Any) -> bool:
         """Whether the same tenant has the first unit of these tokens under another salt."""
-        key = self._key(tokens, 0)
+        key = self._keys.key(tokens, 0)
         others = self._tenants.get(namespace.tenant, set()) - {namespace.own}
         return any(key in self._roots[own].children for own in others)
 
-    def match(self, namespace: Namespace, tokens: TokenArray, limit_units: int) -> Match:
+    def match(self, namespace: Namespace, tokens: Any, limit_units: int) -> Match:
         """The longest known prefix of `tokens` within `limit_units` units. Changes nothing."""
         node = self._roots.get(namespace.own)
         if node is None:
-            return Match((), 0, 0, False)
+            return Match((), 0, False)
         path: list[UnitNode] = []
-        while len(path) < limit_units:
-            child = node.children.get(self._key(tokens, len(path)))
+        resume, evicted = 0, False
+        for key in self._keys.first_keys(tokens, limit_units):
+            child = node.children.get(key)
             if child is None:
+                evicted = self._was_evicted(node, key)
                 break
             path.append(child)
             node = child
-        resume = next((n.depth for n in reversed(path) if n.checkpoint is not None), 0)
-        rest = tokens[len(path) * self.unit_tokens :]
-        common = len(path) * self.unit_tokens + max((_common(c.key, rest) for c in node.children.values()), default=0)
-        evicted = len(path) < limit_units and self._was_evicted(node, self._key(tokens, len(path)))
-        return Match(tuple(path), resume, common, evicted)
+            if node.checkpoint is not None:
+                resume = node.depth
+        return Match(tuple(path), resume, evicted)
+
+    def common_tokens(self, namespace: Namespace, match: Match, tokens: Any) -> int:
+        """The first token of a matched prompt that no known prefix has."""
+        node = match.path[-1] if match.path else self._roots.get(namespace.own)
+        known = len(match.path) * self.unit_tokens
+        if node is None or not node.children or known >= len(tokens):
+            return known
+        key = self._keys.key(tokens, len(match.path))
+        place = bisect_left(node.sorted_keys, key)  # the longest common beginning is a neighbour's in their order
+        nearest = node.sorted_keys[max(0, place - 1) : place + 1] or list(node.children)
+        return known + max(self._keys.common(other, key) for other in nearest)
 
     def touch(self, path: tuple[UnitNode, ...], resumed: UnitNode | None) -> None:
         """Mark units, and the checkpoint that a request resumed at, as used now."""
         self._clock += 1
+        now, age, unit = self._clock, self._unit_age, self.unit_tokens
         for node in path:
-            node.used = self._clock
+            node.used = now
             node.uses += 1
-            node.value = priority(self._unit_age, node.uses, self.unit_tokens, self.unit_tokens)
+            node.value = priority(age, node.uses, unit, unit)
         if resumed is not None:
             resumed.checkpoint_uses += 1
             self._value_checkpoint(resumed)
@@ -170,18 +183,22 @@ class PrefixIndex:
             self._checkpoint_age, node.checkpoint_uses, node.saved_tokens, self.unit_tokens
         )
 
-    def child(self, node: UnitNode, tokens: TokenArray) -> UnitNode | None:
+    def child(self, node: UnitNode, tokens: Any) -> UnitNode | None:
         """The known unit after `node` with the same tokens as the sequence `tokens` has there."""
-        return node.children.get(self._key(tokens, node.depth))
+        return node.children.get(self._keys.key(tokens, node.depth))
 
-    def insert(self, node: UnitNode, tokens: TokenArray, blocks: Mapping[Group, int]) -> UnitNode:
+    def insert(self, node: UnitNode, tokens: Any, blocks: Mapping[Group, int]) -> UnitNode:
         """Add the unit after `node`. The caller has given the index its references."""
         self._clock += 1
-        key = self._key(tokens, node.depth)
+        key = self._keys.key(tokens, node.depth)
         assert node.alive and key not in node.children, "a unit was inserted twice or under a dead one"
         child = UnitNode(node, key, blocks, self._clock, node.namespace)
         child.value = priority(self._unit_age, 1, self.unit_tokens, self.unit_tokens)
         node.children[key] = child
+        if node.sorted_keys:
+            insort(node.sorted_keys, key)
+        elif len(node.children) > 1:
+            node.sorted_keys = sorted(node.children)
         self._evicted.pop(child.digest, None)
         self.nodes += 1
         self._offer(self._leaves, child)
@@ -249,16 +266,15 @@ class PrefixIndex:
             pending.extend(node.children.values())
             yield node
 
-    def _key(self, tokens: TokenArray, unit: int) -> bytes:
-        part = tokens[unit * self.unit_tokens : (unit + 1) * self.unit_tokens]
-        return np.ascontiguousarray(part, np.int32).tobytes()
-
     def _offer(self, heap: list[Queued], node: UnitNode) -> None:
-        if id(heap) in node.queued:
+        if node.queued & self._bit(heap):
             return  # one entry per unit and queue, or a long-lived unit would gather them
-        node.queued.add(id(heap))
+        node.queued |= self._bit(heap)
         self._serial += 1
         heapq.heappush(heap, (*self._rank(heap, node), self._serial, node))
+
+    def _bit(self, heap: list[Queued]) -> int:
+        return 1 if heap is self._leaves else 2
 
     def _rank(self, heap: list[Queued], node: UnitNode) -> tuple[float, int]:
         """By value, then by when it was used."""
@@ -275,7 +291,7 @@ class PrefixIndex:
         found = None
         while heap and found is None:
             value, used, _, node = heapq.heappop(heap)
-            node.queued.discard(id(heap))
+            node.queued &= ~self._bit(heap)
             if not node.alive or not candidate(node):
                 continue
             if (value, used) != self._rank(heap, node):
@@ -294,6 +310,8 @@ class PrefixIndex:
         parent = node.parent
         assert parent is not None, "a root is never evicted"
         del parent.children[node.key]
+        if parent.sorted_keys:
+            del parent.sorted_keys[bisect_left(parent.sorted_keys, node.key)]
         if parent.parent is not None and not parent.children:
             self._offer(self._leaves, parent)
 
@@ -303,12 +321,4 @@ class PrefixIndex:
             self._evicted.popitem(last=False)
 
     def _was_evicted(self, node: UnitNode, key: bytes) -> bool:
-        return unit_digest(node.digest, key) in self._evicted
-
-
-def _common(key: bytes, tokens: TokenArray) -> int:
-    """Length of the common beginning of a unit's tokens and `tokens`."""
-    own = np.frombuffer(key, np.int32)
-    count = min(len(own), len(tokens))
-    different = np.flatnonzero(own[:count] != tokens[:count])
-    return int(different[0]) if len(different) else count
+        return bool(self._evicted) and unit_digest(node.digest, key) in self._evicted

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, serve
+from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, serve, simulate
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(cache.app, name="cache")
 app.add_typer(kernels.app, name="kernels")
 app.add_typer(plan.app, name="plan")
+app.command("simulate")(simulate.simulate)
 
 
 def _version(wanted: bool) -> None:

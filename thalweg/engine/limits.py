@@ -27,7 +27,10 @@ class EngineLimits:
         """
         self._check_ids(request)
         _check_texts(request)
-        prompt, wanted = len(request.prompt), request.sampling.max_tokens
+        return self.output_limit_of(len(request.prompt), request.sampling.max_tokens)
+
+    def output_limit_of(self, prompt: int, wanted: int | None) -> int:
+        """The same by lengths alone. Raises ContextLengthError."""
         limit = min(self.max_model_len, self.token_capacity)
         if prompt + (wanted or 1) > limit:
             raise ContextLengthError(

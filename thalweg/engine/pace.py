@@ -8,6 +8,8 @@ at once: over a time longer than it takes to use the credit up, decodes have the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 DECODE_SHARE = 0.57  # of the speed that decodes have alone: half is the promise, and estimates err
 QUANTUM = 64  # prompt tokens that are worth a step of their own: fewer cost about as much
 _NEWEST = 0.2  # weight of the last step in the averages
@@ -39,6 +41,15 @@ class Pace:
             self._credit = min(self._full, max(-self._full, self._credit + earned))
         else:
             self._credit = self._full  # nobody was kept waiting
+
+    def observe_decodes(self, seconds: Iterable[float]) -> None:
+        """The same for steps of decodes alone, one after the other."""
+        decode, credit, full, kept = self._decode_seconds, self._credit, self._full, 1 - self._share
+        for took in seconds:
+            decode = took if decode is None else decode + _NEWEST * (took - decode)
+            over = took - decode if decode < took else 0.0
+            credit = min(full, max(-full, credit + (kept * took - over)))
+        self._decode_seconds, self._credit = decode, credit
 
     def prompt_tokens(self, *, long: bool) -> int | None:
         """How many prompt tokens may join decodes in the next step, in prompts of much work or else; None: any number.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,37 @@ class Swapped:
     size_bytes: int
 
 
+class KnownTokens(Protocol):
+    """The tokens of one sequence as the cache and the runner see them: `count` of them. A simulator has its own kind,
+    of which only the length is real."""
+
+    count: int
+
+    @property
+    def known(self) -> TokenArray: ...
+
+    def append(self, token: int) -> None: ...
+
+
+class TokenBuffer:
+    """Real ones: a growing array that begins with the prompt."""
+
+    def __init__(self, prompt: TokenArray) -> None:
+        self.count = len(prompt)
+        self._tokens = np.array(prompt, np.int32)
+
+    @property
+    def known(self) -> TokenArray:
+        """int32, without a copy."""
+        return self._tokens[: self.count]
+
+    def append(self, token: int) -> None:
+        if self.count == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.empty(max(64, self.count // 8), np.int32)])
+        self._tokens[self.count] = token
+        self.count += 1
+
+
 class Sequence:
     """The tokens of one request from submission to its terminal event: prompt, then output."""
 
@@ -57,6 +89,7 @@ class Sequence:
         *,
         seed: int = 0,
         cold: bool = False,
+        known: KnownTokens | None = None,
     ) -> None:
         self.request = request
         self.seed = seed  # of its random numbers: the request's own, or one drawn for it
@@ -71,39 +104,32 @@ class Sequence:
         self.load: LoadOutcome | None = None  # once the lower tiers were asked
         self.swapped: Swapped | None = None
         self.rules = None if request.rules is None else request.rules.start()
-        self._tokens = np.array(request.prompt, np.int32)
-        self._count = len(request.prompt)
+        self.prompt_tokens = len(request.prompt)
+        self._known = known or TokenBuffer(request.prompt)
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self.request.prompt)
-
-    @property
     def output_tokens(self) -> int:
-        return self._count - self.prompt_tokens
+        return self._known.count - self.prompt_tokens
 
     @property
     def tokens(self) -> TokenArray:
         """Prompt and output so far, int32, without a copy."""
-        return self._tokens[: self._count]
+        return self._known.known
 
     @property
     def output(self) -> TokenArray:
         """Output so far, int32, without a copy."""
-        return self._tokens[self.prompt_tokens : self._count]
+        return self.tokens[self.prompt_tokens :]
 
     def __len__(self) -> int:
-        return self._count
+        return self._known.count
 
     def append(self, token: int) -> None:
-        if self._count == len(self._tokens):
-            self._tokens = np.concatenate([self._tokens, np.empty(max(64, self._count // 8), np.int32)])
-        self._tokens[self._count] = token
-        self._count += 1
+        self._known.append(token)
 
     def finish_after(self, sampled: SampledToken, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
         """Whether the token just appended ends the request."""
@@ -121,7 +147,7 @@ class Sequence:
         return Usage(self.prompt_tokens, self.output_tokens, self.cache_report, self.preemptions, self.timeline)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
     """A sequence that holds cache blocks."""
 

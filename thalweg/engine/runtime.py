@@ -19,14 +19,14 @@ from torch import Tensor
 
 from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
-from thalweg.cache.policy import CheckpointPolicy, WindowPolicy, bounded_replay_tokens, exact_replay_tokens
+from thalweg.cache.policy import CheckpointPolicy, policy_of
 from thalweg.cache.prefix_index import Namespace
 from thalweg.checkpoint.loader import kept_forms, load_parameters
 from thalweg.checkpoint.parameters import parameters
 from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.config.model_parse import default_model
-from thalweg.config.options import EngineOptions, split_window_policy
+from thalweg.config.options import EngineOptions
 from thalweg.engine.batch import BatchBuilder
 from thalweg.engine.budget import MemoryFacts, cache_budget, workspace_bytes
 from thalweg.engine.engine import Engine
@@ -167,11 +167,7 @@ def _tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
 
 def window_policy(options: EngineOptions, config: ModelConfig) -> CheckpointPolicy:
     """The policy that the options name, for one model."""
-    name, interval = split_window_policy(options.window_policy)
-    kind = WindowPolicy(name)
-    bounded = kind is WindowPolicy.BOUNDED_REPLAY
-    replay = bounded_replay_tokens(config) if bounded else exact_replay_tokens(config)
-    return CheckpointPolicy(config.unit_tokens, interval or options.checkpoint_interval, kind, replay)
+    return policy_of(config, options.window_policy, options.checkpoint_interval)
 
 
 def _lower_tiers(options: EngineOptions, plan: CachePlan, choices: list[Choice]) -> Callable[[], dict[str, Tier]]:

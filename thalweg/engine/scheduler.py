@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from thalweg.cache.prefix_index import Namespace
@@ -61,11 +62,15 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step, with its blocks reserved; empty if nothing can run."""
-        self._admit()
+        self.admit()
         planned: dict[int, SequencePlan] = {}
-        decoding = [r for r in self.running if r.remaining_tokens == 1][: self.limits.max_step_tokens]
-        for running, tokens in [*((r, 1) for r in decoding), *self._prompt_shares(len(decoding))]:
-            if tokens > 0:
+        admitted = len(self.running)
+        decoding = [r for r in self.running if r.remaining_tokens == 1]
+        prompts = [r for r in self.running if r.remaining_tokens > 1] if len(decoding) < admitted else []
+        decoding = decoding[: self.limits.max_step_tokens]
+        for running, tokens in [*((r, 1) for r in decoding), *self._prompt_shares(prompts, len(decoding))]:
+            gave_way = len(self.running) < admitted and running not in self.running  # for the sake of an earlier one
+            if tokens > 0 and not gave_way:
                 self._reserve(running, tokens, planned)
         plan = StepPlan(tuple(planned.values()))
         self._given_tokens += plan.tokens
@@ -74,7 +79,13 @@ class Scheduler:
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """How long a step took."""
         depth = max((s.end for s in plan.sequences if s.tokens > 1), default=0)
-        self._pace.observe(plan.decode_tokens, plan.tokens - plan.decode_tokens, seconds, depth)
+        decodes = plan.decode_tokens
+        self._pace.observe(decodes, plan.tokens - decodes, seconds, depth)
+
+    def observe_decodes(self, decodes: int, seconds: SequenceOf[float]) -> None:
+        """The same for steps that nobody planned, of one more token for each of so many running requests."""
+        self._given_tokens += decodes * len(seconds)
+        self._pace.observe_decodes(seconds)
 
     def expected_seconds(self, sequence: Sequence) -> float | None:
         """How long a queued request will wait for its first token, about; None while no prompt was computed yet.
@@ -98,8 +109,7 @@ class Scheduler:
         decodes = any(r.remaining_tokens == 1 for r in self.running)
         return self._pace.beside_decodes(seconds) if decodes else seconds
 
-    def _prompt_shares(self, decodes: int) -> list[tuple[Running, int]]:
-        prompts = [r for r in self.running if r.remaining_tokens > 1]
+    def _prompt_shares(self, prompts: SequenceOf[Running], decodes: int) -> list[tuple[Running, int]]:
         if not prompts:
             return []
         left = left_to_long = self.limits.max_step_tokens - decodes
@@ -129,7 +139,8 @@ class Scheduler:
         """Lower goes first."""
         return sequence.request.priority, work - (self._given_tokens - sequence.added_at) / AGING
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Start waiting requests as far as slots and room go. Part of every plan."""
         while self.waiting and len(self.running) + len(self.loading) < self.limits.max_running:
             sequence = self._next_waiting()
             begun = self._begin_loading(sequence) if sequence.swapped is None else self._bring_back(sequence)
@@ -187,8 +198,6 @@ class Scheduler:
 
     def _reserve(self, running: Running, tokens: int, planned: dict[int, SequencePlan]) -> None:
         """Reserve blocks for a share of the step, preempting later requests if that is what it takes."""
-        if running not in self.running:
-            return  # preempted for the sake of an earlier one
         start = running.cache.computed_tokens
         while not self.coordinator.reserve(running.cache, start + tokens):
             if self.tiering.free_blocks():
