@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, serve
+from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, profile, serve
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(cache.app, name="cache")
 app.add_typer(kernels.app, name="kernels")
 app.add_typer(plan.app, name="plan")
+app.add_typer(profile.app, name="profile")
 
 
 def _version(wanted: bool) -> None:
@@ -47,6 +48,8 @@ def _root(
 
 def _own(arguments: list[str]) -> list[str]:
     """Arguments in our terms, after a word about those that have no effect."""
+    if arguments[:1] == ["profile"]:
+        return ["profile", *profile.own_arguments(arguments[1:])]
     if arguments[:1] != ["serve"]:
         return arguments
     own, notes = peers.own_arguments(arguments)

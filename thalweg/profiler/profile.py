@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from thalweg.errors import ConfigError
 from thalweg.profiler.surface import Estimate, Point, Surface
@@ -196,6 +196,9 @@ class Holdout:
     tpot: tuple[TpotCell, ...] = ()
     fills: tuple[Fill, ...] = ()
 
+    def with_fills(self, fills: tuple[Fill, ...]) -> Holdout:
+        return replace(self, fills=fills)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -317,7 +320,7 @@ class Profile:
         return profile
 
 
-_ADAPTER = TypeAdapter(Profile, config=ConfigDict(extra="forbid"))
+_ADAPTER = TypeAdapter(Profile)
 
 
 def _spread(seconds: tuple[float, ...]) -> tuple[float, float, float]:

@@ -1,0 +1,199 @@
+"""Times of single requests: to the first token over context and reuse, between tokens over batch and context.
+
+All cells take turns in rounds of shuffled order, those of the hold-out among them: what else the machine does meets all
+alike. The first round of each cell only finds its length and warms the endpoint up; it is not kept as a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from thalweg.profiler.client import Answer
+from thalweg.profiler.plan import Plan, between
+from thalweg.profiler.profile import Holdout, TpotCell, TtftCell
+from thalweg.profiler.session import Session
+from thalweg.profiler.store import Record
+
+_HELD_OUT = "holdout-"
+_LEAST_SECONDS = 0.5  # of an answer whose tokens are timed: a few tokens of a small model are over in no time
+_MOST_OUTPUT = 8  # times as many tokens as planned
+_LEAST_OVERLAP = 0.5  # share of the tokens that all requests of a batch must give side by side
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """A context at which times are taken; `batch` None: of first tokens, at these shares of reuse."""
+
+    kind: str
+    context: int
+    batch: int | None
+    reuses: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}/{self.context}" + ("" if self.batch is None else f"/{self.batch}")
+
+
+def _cells(plan: Plan) -> list[_Cell]:
+    cells = [_Cell("ttft", context, None, plan.reuses) for context in plan.contexts]
+    cells += [_Cell("tpot", context, batch) for context in plan.decode_contexts for batch in plan.batches]
+    if plan.holdout:
+        middles = tuple((a + b) / 2 for a, b in pairwise(plan.reuses))
+        cells += [_Cell(_HELD_OUT + "ttft", c, None, (0.0, *middles)) for c in between(plan.contexts)]
+        batches = sorted({*between(plan.batches), *plan.batches})
+        cells += [_Cell(_HELD_OUT + "tpot", c, b) for c in between(plan.decode_contexts) for b in batches]
+    return cells
+
+
+async def measure_surfaces(session: Session) -> None:
+    """Rounds over all cells, as many as wanted or as the time allows."""
+    cells = _cells(session.plan)
+    for cell in cells:
+        if cell.context not in (c.context for c in cells[: cells.index(cell)]):
+            await _aim(session, cell.context)
+    prefilled: set[str] = set()
+    for turn in range(session.plan.samples + 1):
+        random.Random(turn).shuffle(cells)
+        for cell in cells:
+            await _measure(session, cell, turn, prefilled)
+
+
+async def _aim(session: Session, context: int) -> None:
+    """Find how many characters of this cell's text are as many tokens."""
+
+    async def probe() -> Record:
+        characters = session.prompts.characters(context)
+        for attempt in range(2):
+            text = session.prompts.cold(f"aim/{context}/{attempt}", characters, body=f"text/{context}")
+            tokens = session.tokens_of(text, await session.ask(text))
+            session.prompts.characters_per_token = characters / tokens
+            if abs(tokens / context - 1) < 0.02:
+                break
+            characters = round(characters * context / tokens)
+        return {"characters": characters}
+
+    await session.measure(f"aim/{context}", context, probe)
+
+
+def _characters(session: Session, context: int) -> int | None:
+    found = session.samples.records.get(f"aim/{context}")
+    return None if found is None else int(found["characters"])
+
+
+async def _measure(session: Session, cell: _Cell, turn: int, prefilled: set[str]) -> None:
+    characters = _characters(session, cell.context)
+    if characters is None:
+        return  # already said to be left out
+    key = f"{cell.name}#{turn}"
+    if cell.batch is None:
+        tokens = cell.context * (1 + sum(1 - reuse for reuse in cell.reuses if reuse))
+        await session.measure(key, tokens, lambda: _first_tokens(session, key, cell, characters))
+    else:
+        batch = cell.batch
+        await session.measure(
+            key, cell.context * batch, lambda: _between_tokens(session, cell, batch, characters, prefilled)
+        )
+
+
+async def _first_tokens(session: Session, key: str, cell: _Cell, characters: int) -> Record:
+    """Cold, then beginnings of it with new text behind, each once it was a prompt itself, then all of it again."""
+    prompts = session.prompts
+    whole = prompts.cold(key, characters, body=f"text/{cell.context}")
+    samples = [_sample(session, whole, await session.ask(whole), 0.0, 0)]
+    for reuse in cell.reuses:
+        if not 0 < reuse < 1:
+            continue
+        cut = round(reuse * len(whole))
+        beginning, salt = whole[:cut], prompts.salt(f"{key}/{reuse}")
+        shared = session.tokens_of(beginning, await session.ask(beginning))
+        text = beginning + (salt + whole[cut:])[: len(whole) - cut]
+        samples.append(_sample(session, text, await session.ask(text), reuse, shared))
+    if 1.0 in cell.reuses:
+        answer = await session.ask(whole)
+        samples.append(_sample(session, whole, answer, 1.0, session.tokens_of(whole, answer)))
+    return {"samples": samples}
+
+
+def _sample(session: Session, text: str, answer: Answer, row: float, shared: int) -> Record:
+    tokens = session.tokens_of(text, answer)
+    return {
+        "row": row,
+        "context_tokens": tokens,
+        "reuse": shared / tokens,
+        "cached_tokens": answer.cached_tokens,
+        "seconds": answer.first_token_seconds,
+    }
+
+
+async def _between_tokens(session: Session, cell: _Cell, batch: int, characters: int, prefilled: set[str]) -> Record:
+    """All requests at once, their prompts in the cache: the time while all of them give tokens."""
+    context = cell.context
+    texts = [session.prompts.cold(f"decode/{context}/{i}", characters, body=f"text/{context}") for i in range(batch)]
+    for text in texts:
+        if text not in prefilled:
+            await session.ask(text)
+            prefilled.add(text)
+    output = _output_tokens(session, cell)
+    answers = await asyncio.gather(*(session.ask(text, output) for text in texts))
+    begin, end = max(a.times[0] for a in answers), min(a.times[-1] for a in answers)
+    tokens = sum(a.tokens_between(begin, end) for a in answers)
+    together = tokens >= _LEAST_OVERLAP * sum(a.output_tokens - 1 for a in answers) and end > begin
+    return {
+        "batch": batch,
+        "context_tokens": median(session.tokens_of(t, a) for t, a in zip(texts, answers, strict=True)) + output // 2,
+        "seconds": batch * (end - begin) / tokens if together else None,
+        "output_tokens": [a.output_tokens for a in answers],
+    }
+
+
+def _output_tokens(session: Session, cell: _Cell) -> int:
+    """Enough, by the first round, to take a while."""
+    planned = session.plan.output_tokens
+    seconds = session.samples.records.get(f"{cell.name}#0", {}).get("seconds")
+    return planned if not seconds else min(_MOST_OUTPUT * planned, max(planned, round(_LEAST_SECONDS / seconds)))
+
+
+def ttft_cells(session: Session, start: str = "") -> tuple[TtftCell, ...]:
+    """Samples by cell."""
+    found: dict[tuple[str, float], list[Record]] = {}
+    for key, record in session.records(f"{start}ttft/").items():
+        name, turn = key.split("#")
+        if turn != "0":
+            for sample in record["samples"]:
+                found.setdefault((name, sample["row"]), []).append(sample)
+    return tuple(
+        TtftCell(
+            round(median(s["context_tokens"] for s in samples)),
+            median(s["reuse"] for s in samples),
+            row,
+            None if samples[0]["cached_tokens"] is None else round(median(s["cached_tokens"] for s in samples)),
+            tuple(s["seconds"] for s in samples),
+        )
+        for (_, row), samples in sorted(found.items(), key=lambda item: (item[1][0]["context_tokens"], item[0][1]))
+    )
+
+
+def tpot_cells(session: Session, start: str = "") -> tuple[TpotCell, ...]:
+    """Samples by cell. Those of requests that hardly ran side by side are no samples."""
+    found: dict[str, list[Record]] = {}
+    for key, record in session.records(f"{start}tpot/").items():
+        name, turn = key.split("#")
+        if turn != "0" and record["seconds"] is not None:
+            found.setdefault(name, []).append(record)
+    cells = [
+        TpotCell(
+            samples[0]["batch"],
+            round(median(s["context_tokens"] for s in samples)),
+            tuple(s["seconds"] for s in samples),
+        )
+        for samples in found.values()
+    ]
+    return tuple(sorted(cells, key=lambda cell: (cell.batch, cell.context_tokens)))
+
+
+def holdout_cells(session: Session) -> Holdout:
+    return Holdout(ttft_cells(session, _HELD_OUT), tpot_cells(session, _HELD_OUT))
