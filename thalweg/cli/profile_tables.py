@@ -90,6 +90,7 @@ def _cache(profile: Profile) -> Shown:
             ["shortest prompt that hits", _tokens(cache.shortest_hit_tokens)],
             ["keeps", "not told" if capacity is None else _amount(capacity)],
             ["each prompt takes beside its tokens", "not told" if request is None else _amount(request)],
+            *([] if cache.most_prompts is None else [["prompts at most", f"{cache.most_prompts.value:,.0f}"]]),
             ["the endpoint says it keeps", _tokens(stated)],
             *(
                 [f"idle for {r.age_seconds:.0f} s", f"{r.share:.0%} served"]

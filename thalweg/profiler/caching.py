@@ -22,7 +22,9 @@ from thalweg.profiler.surface import Estimate, Tag
 _FORKS = 10
 _FIRST_CHECK = 8  # prompts before the first one is asked for again
 _CHECK_STEP = 1.3
+_END = 3  # so many in a row that are gone: so are all before them
 _GONE = 0.5  # of a prompt: less of it served is a miss
+_LIMITED = 0.03  # so much less than the line allows: something else is full
 _SHORTEST = (16, 4096)  # tokens between which the shortest prompt that hits is sought
 
 
@@ -35,7 +37,7 @@ async def measure_cache(session: Session) -> None:
     for seconds in plan.idle_seconds:
         if session.left_seconds() > seconds + 1:
             await session.measure(f"cache/idle/{seconds:g}", context, _after(session, context, seconds))
-    held_out = round(math.prod(plan.fill_tokens) ** (1 / len(plan.fill_tokens)))
+    held_out = round((plan.fill_tokens[-2:][0] * plan.fill_tokens[-1]) ** 0.5) if plan.fill_tokens else 0
     for name, tokens in [*(("fill", t) for t in plan.fill_tokens), *([("holdout-fill", held_out)] * plan.holdout)]:
         await session.measure(f"{name}/{tokens}", _FIRST_CHECK * tokens, _filling(session, tokens))
 
@@ -155,9 +157,10 @@ class _Filling:
             if len(self._sent) >= check:
                 evicted = await self._first_is_gone()
                 check = math.ceil(check * _CHECK_STEP)
-        held = await self._count() if evicted else float(self._filled)
+        held = await self._count() if evicted else self._filled * self._full
         return {
             "prompt_tokens": median(self._lengths) if self._lengths else self._tokens,
+            "full": self._full,
             "filled_tokens": self._filled,
             "held_tokens": held,
             "evicted": evicted,
@@ -189,16 +192,15 @@ class _Filling:
         return share < _GONE
 
     async def _count(self) -> float:
-        """Tokens of the latest prompts that are still there, up to the first one that is not; and before that one, of
-        those that were asked for twice: a cache that counts uses keeps them longer."""
-        held, gone = 0.0, False
+        """Tokens that are still served, from the latest prompt back until some in a row are gone; and of those before
+        that were asked for twice, because a cache that counts uses keeps them longer."""
+        held, gone = 0.0, 0
         for number in reversed(self._order):
-            if gone and number not in self._asked_twice:
+            if gone >= _END and number not in self._asked_twice:
                 continue
             share, tokens = await _share(self._session, self._text(number))
-            share = min(1.0, share / self._full)
             held += share * tokens
-            gone |= share < _GONE
+            gone = gone + 1 if share < _GONE * self._full else gone if gone >= _END else 0
         return held
 
 
@@ -215,15 +217,16 @@ def cache_facts(session: Session) -> CacheFacts:
     fills = _fills(session, "fill/")
     idle = [Retained(**_known(r, Retained)) for r in session.records("cache/idle/").values()]
     canaries = [Retained(*c) for r in session.records("fill/").values() for c in r["canaries"]]
-    capacity, request = fit_capacity(fills)
     served = bool(again[1]) or any(r.share > _GONE for r in (*idle, *canaries))
+    capacity, request, most = fit_capacity(fills) if served else (None, None, None)
     return CacheFacts(
         enabled=served,
         unit_tokens=unit,
         lag_tokens=max(lags, default=None),
         shortest_hit_tokens=records.get("cache/shortest", {}).get("tokens"),
-        capacity_tokens=capacity if served else None,
-        request_tokens=request if served else None,
+        capacity_tokens=capacity,
+        request_tokens=request,
+        most_prompts=most,
         fills=fills,
         retained=(*idle, *canaries),
     )
@@ -235,7 +238,13 @@ def held_out_fills(session: Session) -> tuple[Fill, ...]:
 
 def _fills(session: Session, start: str) -> tuple[Fill, ...]:
     return tuple(
-        Fill(round(r["prompt_tokens"]), r["filled_tokens"], r["held_tokens"], r["evicted"])
+        Fill(
+            round(r["prompt_tokens"]),
+            round(r["prompt_tokens"] * r["full"]),
+            r["filled_tokens"],
+            r["held_tokens"],
+            r["evicted"],
+        )
         for r in session.records(start).values()
     )
 
@@ -244,23 +253,37 @@ def _known(record: Record, kind: type[Retained]) -> Record:
     return {name: record[name] for name in kind.__dataclass_fields__}
 
 
-def fit_capacity(fills: Sequence[Fill]) -> tuple[Estimate | None, Estimate | None]:
-    """Capacity in tokens, and what each prompt takes beside its own: held * (1 + request / length) = capacity."""
-    whole = [fill for fill in fills if fill.evicted]
+def fit_capacity(fills: Sequence[Fill]) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+    """Capacity in tokens; what each prompt takes beside its own, in tokens; and how many prompts there may be at most.
+
+    n prompts of t served tokens fit while n * (t + request) <= capacity and n <= most. Three lengths tell both: the
+    two longest give the first line, and if fewer of the shortest fit than it allows, their number is the second.
+    """
+    whole = sorted((fill for fill in fills if fill.evicted), key=lambda fill: fill.served_tokens)
     if not whole:
         most = max((fill.held_tokens for fill in fills), default=None)
-        return (None if most is None else Estimate(most, most, None, Tag.BOUND)), None
-    held = np.array([fill.held_tokens for fill in whole])
-    lengths = np.array([fill.prompt_tokens for fill in whole])
-    step = float(np.max(lengths / held))  # the last prompt may be there or not
-    if len(whole) == 1:
-        capacity = float(held[0])
-        return Estimate(capacity, capacity * (1 - step), capacity * (1 + step), Tag.MEASURED), None
-    # held = capacity - request * (held / lengths), both not negative
-    shares = held / lengths
-    capacity, request = nnls(np.stack([np.ones_like(held), -shares], 1) / held[:, None], np.ones_like(held))[0]
-    spread = step * float(np.mean(lengths))
-    return (
-        Estimate(float(capacity), float(capacity) * (1 - step), float(capacity) * (1 + step), Tag.MEASURED),
-        Estimate(float(request), max(0.0, float(request) - spread), float(request) + spread, Tag.MEASURED),
-    )
+        return (None if most is None else Estimate(most, most, None, Tag.BOUND)), None, None
+    lengths = np.array([fill.served_tokens for fill in whole], np.float64)
+    counts = np.array([fill.held_tokens for fill in whole]) / lengths
+    on_line = slice(-2, None) if len(whole) > 2 else slice(None)
+    capacity, request = _line(lengths[on_line], counts[on_line])
+    if len(whole) > 2 and counts[0] * (lengths[0] + request) > (1 - _LIMITED) * capacity:
+        capacity, request = _line(lengths, counts)
+        limit = None
+    else:
+        limit = _within(float(counts[0]), 1.0) if len(whole) > 2 else None
+    one = float(lengths[-1])  # the last prompt may be there or not
+    return _within(capacity, one), None if len(whole) < 2 else _within(request, one * one / capacity), limit
+
+
+def _line(lengths: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Capacity and request of count * (length + request) = capacity, by relative least squares; neither is negative."""
+    if len(lengths) == 1:
+        return float(counts[0] * lengths[0]), 0.0
+    held = counts * lengths
+    found = nnls(np.stack([np.ones_like(held), -counts], 1) / held[:, None], np.ones_like(held))[0]
+    return float(found[0]), float(found[1])
+
+
+def _within(value: float, step: float) -> Estimate:
+    return Estimate(value, max(0.0, value - step), value + step, Tag.MEASURED)

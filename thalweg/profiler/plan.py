@@ -83,7 +83,8 @@ def usual_plan(max_context: int, *, quick: bool, **changes: Any) -> Plan:
     if quick:
         fields: dict[str, Any] = {
             "contexts": contexts, "batches": (1, 4), "decode_contexts": (contexts[0], most), "samples": 3,
-            "output_tokens": 32, "budget_seconds": 150.0, "fill_tokens": (most // 4, most), "most_fill_tokens": 100_000,
+            "output_tokens": 32, "budget_seconds": 150.0,
+            "fill_tokens": tuple(sorted({most // 8, most // 4, most})), "most_fill_tokens": 100_000,
             "check_contexts": (contexts[-1] // 2,), "company_tokens": 2 * most, "load_context": most // 2,
             "load_reuse": 0.9, "load_output": 16, "concurrencies": (1, 4), "rates": (0.7,), "load_seconds": 3.0,
             "idle_seconds": (2.0,),
@@ -91,7 +92,7 @@ def usual_plan(max_context: int, *, quick: bool, **changes: Any) -> Plan:
     else:
         fields = {
             "contexts": contexts, "batches": (1, 2, 4, 8), "decode_contexts": contexts[::2],
-            "samples": 7, "output_tokens": 128, "budget_seconds": 1800.0, "fill_tokens": (1024, 8192),
+            "samples": 7, "output_tokens": 128, "budget_seconds": 1800.0, "fill_tokens": (512, 2048, 8192),
             "most_fill_tokens": 2_000_000, "check_contexts": (1024, 8192), "company_tokens": most,
             "load_context": min(8192, most), "load_reuse": 0.9, "load_output": 64, "concurrencies": (1, 2, 4, 8, 16),
             "rates": (0.5, 0.8, 1.1), "load_seconds": 15.0, "idle_seconds": (5.0, 30.0),

@@ -85,10 +85,13 @@ class Retained:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Distinct prompts of `prompt_tokens` in a row. When the first was gone, `held_tokens` of the latest were still
-    there; with `evicted` false none was gone, and that is only a bound."""
+    """Distinct prompts of `prompt_tokens` in a row, of which `served_tokens` each are served when asked for again.
+
+    When the first was gone, `held_tokens` were still served; with `evicted` false none was gone: then it is a bound.
+    """
 
     prompt_tokens: int
+    served_tokens: int
     filled_tokens: int
     held_tokens: float
     evicted: bool
@@ -99,7 +102,8 @@ class CacheFacts:
     """What probing found of the prefix cache, in tokens. None: could not be told.
 
     A prefix of t shared tokens is served up to a multiple of `unit_tokens`, at most `lag_tokens` before t.
-    `capacity_tokens` and `request_tokens`: prompts of t tokens take t + request_tokens each.
+    A prompt of which t tokens are served takes t + `request_tokens` of `capacity_tokens`, and there are at most
+    `most_prompts`, where that shows.
     """
 
     enabled: bool
@@ -108,6 +112,7 @@ class CacheFacts:
     shortest_hit_tokens: int | None
     capacity_tokens: Estimate | None
     request_tokens: Estimate | None
+    most_prompts: Estimate | None
     fills: tuple[Fill, ...] = ()
     retained: tuple[Retained, ...] = ()
 
@@ -253,17 +258,15 @@ class Profile:
         return self.cache.capacity_tokens
 
     def held_tokens(self, prompt_tokens: float) -> Estimate | None:
-        """How many tokens of prompts of this length the cache keeps, least recently used ones going first."""
-        capacity, request = self.cache.capacity_tokens, self.cache.request_tokens
+        """How many tokens the cache keeps of distinct prompts of this length. None: it keeps none, or not told."""
+        capacity, request, most = self.cache.capacity_tokens, self.cache.request_tokens, self.cache.most_prompts
         if capacity is None:
             return None
-        share = 1.0 if request is None else prompt_tokens / (prompt_tokens + request.value)
-        return Estimate(
-            capacity.value * share,
-            capacity.low * share,
-            None if capacity.high is None else capacity.high * share,
-            capacity.tag,
-        )
+        served = prompt_tokens - prompt_tokens % (self.cache.unit_tokens or 1)
+        share = served / max(served + (request.value if request else 0.0), 1.0)
+        share = min(share, most.value * served / capacity.value) if most else share
+        high = None if capacity.high is None else capacity.high * share
+        return Estimate(capacity.value * share, capacity.low * share, high, capacity.tag)
 
     def outcomes(self) -> list[Outcome]:
         """Every held-out cell beside its prediction."""
