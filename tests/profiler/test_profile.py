@@ -157,8 +157,5 @@ def test_wrong_flags_are_named() -> None:
     ):
         message = run("profile", "http://127.0.0.1:9", *flags, ok=False)
         assert message.count("\n") == 1
-        assert words in message or "lists no model" in message
-    with pytest.raises(ConfigError, match="rising"):
-        usual_plan(8192, quick=True, contexts=(2048, 1024))
-    with pytest.raises(ConfigError, match="'cash' is none of"):
-        usual_plan(8192, quick=True, stages=("cash",))
+        assert words in message
+    assert "lists no model" in run("profile", "http://127.0.0.1:9", ok=False)

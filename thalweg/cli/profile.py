@@ -21,6 +21,7 @@ _MEASURE = "measure"
 
 
 app = typer.Typer(help="Measure an endpoint: `thalweg profile URL`; or look at profiles.", no_args_is_help=True)
+_ANY_LENGTH = 1 << 20
 _VERBS = (_MEASURE, "show", "diff")
 
 Lengths = Annotated[str | None, typer.Option(show_default=False, help="Such as 1k,8k,64k.")]
@@ -85,6 +86,7 @@ def profile(
     }
     longest = _length(max_context, "max-context")
     folder = out or Path("profile-" + re.sub(r"\W+", "-", url.split("://")[-1]).strip("-"))
+    usual_plan(longest or _ANY_LENGTH, quick=quick, **changes)  # what is wrong with flags is said before all else
     _measure(url, folder, lambda n: usual_plan(min(n, longest or n), quick=quick, **changes), model, fresh=fresh)
 
 

@@ -63,7 +63,7 @@ async def _shortest(session: Session) -> Record:
     found = None
     while high - low > max(1, low // 16):
         middle = round((low * high) ** 0.5)
-        text = session.prompts.cold(f"shortest/{middle}", session.prompts.characters(middle))
+        text = session.prompts.cold(f"shortest/{middle}", session.prompts.characters(middle), body="shortest")
         tokens = session.tokens_of(text, await session.ask(text))
         cached = (await session.ask(text)).cached_tokens
         if cached is None:

@@ -79,7 +79,7 @@ def _beside(session: Session, key: str) -> Probe:
 
 def _output(session: Session) -> int:
     """Tokens of an answer that outlasts the long prompt, within what the model allows."""
-    longest = session.longest or _MOST_OUTPUT
+    longest = session.facts.max_model_len or _MOST_OUTPUT
     return max(16, min(_MOST_OUTPUT, longest - 2 * _RUNNING_TOKENS))
 
 

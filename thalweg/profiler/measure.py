@@ -46,7 +46,7 @@ async def measure(
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": FORMAT, "plan": plan.digest(), **same_endpoint(facts)}
     samples = SampleFile(folder / SAMPLES, header, fresh=fresh)
-    session = Session(client, form, plan, samples, report, facts.max_model_len)
+    session = Session(client, form, plan, samples, report, facts)
     stages: dict[str, Callable[[Session], Awaitable[None]]] = {
         "surfaces": measure_surfaces,
         "cache": measure_cache,

@@ -10,6 +10,7 @@ from typing import Any
 from thalweg.errors import ThalwegError, UnavailableError
 from thalweg.profiler.client import Answer, Client, Form
 from thalweg.profiler.plan import SHARES, STAGES, Plan
+from thalweg.profiler.profile import EndpointFacts
 from thalweg.profiler.prompts import Prompts
 from thalweg.profiler.store import Record, SampleFile
 
@@ -24,10 +25,10 @@ class Session:
     """Measures probe by probe. A probe is named by its key; what has a sample is not measured again."""
 
     def __init__(
-        self, client: Client, form: Form, plan: Plan, samples: SampleFile, report: Report, longest: int | None = None
+        self, client: Client, form: Form, plan: Plan, samples: SampleFile, report: Report, facts: EndpointFacts
     ) -> None:
         self.client, self.form, self.plan, self.samples = client, form, plan, samples
-        self.longest = longest  # tokens of prompt and answer, where it is known
+        self.facts = facts
         self.prompts = Prompts(plan.seed)
         self.left_out: dict[str, str] = {}
         self._report = report

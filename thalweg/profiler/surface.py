@@ -80,7 +80,7 @@ class _Curve:
         first, last = self.x[0], self.x[-1]
         within = float(np.clip(x, first, last))
         value = self._inside(within)
-        low, high = (value * float(np.exp(np.interp(np.log(within), np.log(self.x), r))) for r in self._ratios)
+        low, high = (float(value * np.exp(np.interp(np.log(within), np.log(self.x), r))) for r in self._ratios)
         if first * (1 - _SAME) <= x <= last * (1 + _SAME):
             known = bool(np.any(np.abs(self.x / x - 1) < _SAME))
             return Estimate(value, low, high, Tag.MEASURED if known else Tag.INTERPOLATED)
@@ -168,8 +168,8 @@ class Surface:
         """The rows at one context, with noise that goes against the order pooled."""
         values = np.exp(isotonic_regression([np.log(k.value) for k in known], increasing=self._rises).x)
         return [
-            Estimate(float(v), k.low * v / k.value, None if k.high is None else k.high * v / k.value, k.tag)
-            for k, v in zip(known, values, strict=True)
+            Estimate(v, k.low * v / k.value, None if k.high is None else k.high * v / k.value, k.tag)
+            for k, v in zip(known, map(float, values), strict=True)
         ]
 
     def _outside(self, places: np.ndarray, known: list[Estimate], y: float) -> Estimate:

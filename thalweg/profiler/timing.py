@@ -18,9 +18,11 @@ from thalweg.profiler.profile import Holdout, TpotCell, TtftCell
 from thalweg.profiler.session import Session
 from thalweg.profiler.store import Record
 
+_AIMS = 3  # tries to meet a length
 _HELD_OUT = "holdout-"
 _LEAST_SECONDS = 0.5  # of an answer whose tokens are timed: a few tokens of a small model are over in no time
 _MOST_OUTPUT = 8  # times as many tokens as planned
+_FULL = 0.9  # of the cache
 _LEAST_OVERLAP = 0.5  # share of the tokens that all requests of a batch must give side by side
 
 
@@ -52,9 +54,9 @@ def _cells(plan: Plan) -> list[_Cell]:
 async def measure_surfaces(session: Session) -> None:
     """Rounds over all cells, as many as wanted or as the time allows."""
     cells = _cells(session.plan)
-    for cell in cells:
-        if cell.context not in (c.context for c in cells[: cells.index(cell)]):
-            await _aim(session, cell.context)
+    for context in sorted({cell.context for cell in cells}):
+        shares = {reuse for cell in cells if cell.context == context for reuse in cell.reuses if 0 < reuse < 1}
+        await _aim(session, context, sorted(shares))
     prefilled: set[str] = set()
     for turn in range(session.plan.samples + 1):
         random.Random(turn).shuffle(cells)
@@ -62,52 +64,64 @@ async def measure_surfaces(session: Session) -> None:
             await _measure(session, cell, turn, prefilled)
 
 
-async def _aim(session: Session, context: int) -> None:
-    """Find how many characters of this cell's text are as many tokens."""
+async def _aim(session: Session, context: int, shares: list[float]) -> None:
+    """Find how many characters of this context's text are as many tokens, and where the shares of it end."""
 
     async def probe() -> Record:
         characters = session.prompts.characters(context)
-        for attempt in range(2):
+        for attempt in range(_AIMS):
             text = session.prompts.cold(f"aim/{context}/{attempt}", characters, body=f"text/{context}")
             tokens = session.tokens_of(text, await session.ask(text))
             session.prompts.characters_per_token = characters / tokens
             if abs(tokens / context - 1) < 0.02:
                 break
             characters = round(characters * context / tokens)
-        return {"characters": characters}
+        cuts = {}
+        for share in shares:
+            cut = share * characters
+            for _ in range(_AIMS):  # cheap: all of it was sent before
+                beginning = text[: round(cut)]
+                cut *= share * context / session.tokens_of(beginning, await session.ask(beginning))
+            cuts[str(share)] = min(round(cut), characters - 1)
+        return {"characters": characters, "cuts": cuts}
 
     await session.measure(f"aim/{context}", context, probe)
 
 
-def _characters(session: Session, context: int) -> int | None:
-    found = session.samples.records.get(f"aim/{context}")
-    return None if found is None else int(found["characters"])
-
-
 async def _measure(session: Session, cell: _Cell, turn: int, prefilled: set[str]) -> None:
-    characters = _characters(session, cell.context)
-    if characters is None:
+    aim = session.samples.records.get(f"aim/{cell.context}")
+    if aim is None:
         return  # already said to be left out
-    key = f"{cell.name}#{turn}"
+    key, characters = f"{cell.name}#{turn}", aim["characters"]
     if cell.batch is None:
         tokens = cell.context * (1 + sum(1 - reuse for reuse in cell.reuses if reuse))
-        await session.measure(key, tokens, lambda: _first_tokens(session, key, cell, characters))
-    else:
+        await session.measure(key, tokens, lambda: _first_tokens(session, key, cell, aim))
+    elif _runs_together(session, cell, cell.batch, turn):
         batch = cell.batch
         await session.measure(
             key, cell.context * batch, lambda: _between_tokens(session, cell, batch, characters, prefilled)
         )
 
 
-async def _first_tokens(session: Session, key: str, cell: _Cell, characters: int) -> Record:
+def _runs_together(session: Session, cell: _Cell, batch: int, turn: int) -> bool:
+    """Whether so many requests fit the cache at once, as far as the endpoint says, or the first round has shown."""
+    most = session.facts.stated_capacity_tokens
+    first = session.samples.records.get(f"{cell.name}#0", {"seconds": 1.0})
+    if (most and batch * cell.context > _FULL * most) or (turn and first["seconds"] is None):
+        session.left_out[cell.name] = "the requests do not fit the cache, or did not run side by side"
+        return False
+    return True
+
+
+async def _first_tokens(session: Session, key: str, cell: _Cell, aim: Record) -> Record:
     """Cold, then beginnings of it with new text behind, each once it was a prompt itself, then all of it again."""
     prompts = session.prompts
-    whole = prompts.cold(key, characters, body=f"text/{cell.context}")
+    whole = prompts.cold(key, aim["characters"], body=f"text/{cell.context}")
     samples = [_sample(session, whole, await session.ask(whole), 0.0, 0)]
     for reuse in cell.reuses:
         if not 0 < reuse < 1:
             continue
-        cut = round(reuse * len(whole))
+        cut = aim["cuts"][str(reuse)]
         beginning, salt = whole[:cut], prompts.salt(f"{key}/{reuse}")
         shared = session.tokens_of(beginning, await session.ask(beginning))
         text = beginning + (salt + whole[cut:])[: len(whole) - cut]
