@@ -201,11 +201,12 @@ def _changed(
         for new in after:
             if _row(old) != _row(new) or abs(new.context_tokens / old.context_tokens - 1) > _SAME:
                 continue
-            ratio = median(new.seconds) / median(old.seconds)
+            one, two = old.typical_seconds, new.typical_seconds
+            ratio = two / one
             apart = max(new.seconds) < min(old.seconds) or min(new.seconds) > max(old.seconds)
             verdict = ("faster" if ratio < 1 else "slower") if apart else ""
             name = f"{old.context_tokens:,} tokens, {_row(old)}"
-            table.rows.append([name, _time(median(old.seconds)), _time(median(new.seconds)), f"{ratio:.2f}", verdict])
+            table.rows.append([name, _time(one), _time(two), f"{ratio:.2f}", verdict])
     return table
 
 

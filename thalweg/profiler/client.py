@@ -95,11 +95,11 @@ class Client:
         await self._http.aclose()
 
     async def get(self, path: str) -> httpx.Response | None:
-        """The answer to a GET with status 200; None for any other, or if nobody listens there."""
+        """The answer to a GET with status 200; None for any other. Raises UnavailableError if there is no answer."""
         try:
             response = await self._http.get(self.url + path, timeout=30)
-        except httpx.HTTPError:
-            return None
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"{self.url} does not answer: {error!r}") from error
         return response if response.status_code == httpx.codes.OK else None
 
     async def reset_cache(self) -> bool:

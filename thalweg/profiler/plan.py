@@ -13,7 +13,7 @@ from thalweg.errors import ConfigError
 
 STAGES = ("surfaces", "cache", "checks", "company", "load")
 # Of the time: a stage may also use what those before it left.
-SHARES = {"surfaces": 0.45, "cache": 0.25, "checks": 0.08, "company": 0.1, "load": 0.12}
+SHARES = {"surfaces": 0.5, "cache": 0.25, "checks": 0.05, "company": 0.08, "load": 0.12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def usual_plan(max_context: int, *, quick: bool, **changes: Any) -> Plan:
     else:
         fields = {
             "contexts": contexts, "batches": (1, 2, 4, 8), "decode_contexts": contexts[::2],
-            "samples": 7, "output_tokens": 128, "budget_seconds": 1800.0, "fill_tokens": (512, 2048, 8192),
+            "samples": 20, "output_tokens": 128, "budget_seconds": 1800.0, "fill_tokens": (512, 2048, 4096),
             "most_fill_tokens": 2_000_000, "check_contexts": (1024, 8192), "company_tokens": most,
             "load_context": min(8192, most), "load_reuse": 0.9, "load_output": 64, "concurrencies": (1, 2, 4, 8, 16),
             "rates": (0.5, 0.8, 1.1), "load_seconds": 15.0, "idle_seconds": (5.0, 30.0),

@@ -42,12 +42,17 @@ class EndpointFacts:
 
 @dataclass(frozen=True, slots=True)
 class TtftCell:
-    """Prompts of about so many tokens, of which the share `reuse` was a prompt before. `seconds`: raw samples."""
+    """Prompts of about so many tokens, of which the share `reuse` was a prompt before.
+
+    `seconds`: raw samples. `typical_seconds`: their median, after what all cells had in common in the same round was
+    taken out (median polish of logarithms): a machine that is busy for a minute makes no cell slower than others.
+    """
 
     context_tokens: int
     reuse: float
     row: float  # the share that was aimed at: cells of one row are of one curve
     cached_tokens: int | None  # median, as reported
+    typical_seconds: float
     seconds: tuple[float, ...]
 
 
@@ -57,6 +62,7 @@ class TpotCell:
 
     batch: int
     context_tokens: int
+    typical_seconds: float
     seconds: tuple[float, ...]
 
 
@@ -274,15 +280,21 @@ class Profile:
         ttft, tpot = self._ttft_surface(), self._tpot_surface()
         for cell in self.holdout.ttft:
             where = f"{cell.context_tokens:,} tokens, {cell.reuse:.0%} reused"
-            found.append(_outcome("ttft", where, ttft.at(cell.context_tokens, cell.reuse), cell.seconds))
+            found.append(
+                _outcome("ttft", where, ttft.at(cell.context_tokens, cell.reuse), cell.typical_seconds, cell.seconds)
+            )
         for other in self.holdout.tpot:
             where = f"batch {other.batch} at {other.context_tokens:,} tokens"
-            found.append(_outcome("tpot", where, tpot.at(other.context_tokens, other.batch), other.seconds))
+            found.append(
+                _outcome(
+                    "tpot", where, tpot.at(other.context_tokens, other.batch), other.typical_seconds, other.seconds
+                )
+            )
         for fill in self.holdout.fills:
             predicted = self.held_tokens(fill.prompt_tokens)
             if predicted is not None and fill.evicted:
                 where = f"prompts of {fill.prompt_tokens:,} tokens"
-                found.append(_outcome("capacity", where, predicted, (fill.held_tokens,)))
+                found.append(_outcome("capacity", where, predicted, fill.held_tokens, (fill.held_tokens,)))
         return found
 
     def with_surface(self) -> Profile:
@@ -292,10 +304,10 @@ class Profile:
         return replace(self, surface={"ttft": tuple(ttft.table(longest)), "tpot": tuple(tpot.table(longest))})
 
     def _ttft_surface(self) -> Surface:
-        return Surface([(c.row, c.context_tokens, c.reuse, *_spread(c.seconds)) for c in self.ttft_cells], rises=False)
+        return Surface([(c.row, c.context_tokens, c.reuse, *_spread(c)) for c in self.ttft_cells], rises=False)
 
     def _tpot_surface(self) -> Surface:
-        cells = [(float(c.batch), c.context_tokens, float(c.batch), *_spread(c.seconds)) for c in self.tpot_cells]
+        cells = [(float(c.batch), c.context_tokens, float(c.batch), *_spread(c)) for c in self.tpot_cells]
         return Surface(cells, rises=True)
 
     def write(self, path: Path) -> None:
@@ -326,16 +338,17 @@ class Profile:
 _ADAPTER = TypeAdapter(Profile)
 
 
-def _spread(seconds: tuple[float, ...]) -> tuple[float, float, float]:
-    """Median, and the range of four of five samples."""
-    low, middle, high = np.percentile(seconds, (_LOW, 50, _HIGH))
-    return float(middle), float(low), float(high)
+def _spread(cell: TtftCell | TpotCell) -> tuple[float, float, float]:
+    """What is typical, and the range of four of five samples."""
+    low, high = np.percentile(cell.seconds, (_LOW, _HIGH))
+    typical = cell.typical_seconds
+    return typical, min(typical, float(low)), max(typical, float(high))
 
 
-def _outcome(what: str, where: str, predicted: Estimate, samples: tuple[float, ...]) -> Outcome:
+def _outcome(what: str, where: str, predicted: Estimate, measured: float, samples: tuple[float, ...]) -> Outcome:
     high = float("inf") if predicted.high is None else predicted.high
     inside = float(np.mean([predicted.low <= sample <= high for sample in samples]))
-    return Outcome(what, where, predicted, float(np.median(samples)), inside)
+    return Outcome(what, where, predicted, measured, inside)
 
 
 def errors_of(outcomes: list[Outcome]) -> Iterator[tuple[str, float, float, float, int]]:

@@ -1,13 +1,14 @@
 """Times of single requests: to the first token over context and reuse, between tokens over batch and context.
 
-All cells take turns in rounds of shuffled order, those of the hold-out among them: what else the machine does meets all
-alike. The first round of each cell only finds its length and warms the endpoint up; it is not kept as a time.
+All cells take turns in rounds, up and down the contexts, those of the hold-out among them: what else the machine does
+meets all alike, and neighbours at the same moment. What is over soon is asked for several times in a round. The first
+round of each cell only warms the endpoint up; it is not kept as a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -15,15 +16,19 @@ from statistics import median
 from thalweg.profiler.client import Answer
 from thalweg.profiler.plan import Plan, between
 from thalweg.profiler.profile import Holdout, TpotCell, TtftCell
+from thalweg.profiler.rounds import Times, shared_by_round, typical
 from thalweg.profiler.session import Session
 from thalweg.profiler.store import Record
 
+_VISIT_SECONDS = 1.0  # that first tokens of a context are asked for in a round, where one takes less
+_MOST_VISITS = 5
 _AIMS = 3  # tries to meet a length
 _HELD_OUT = "holdout-"
-_LEAST_SECONDS = 0.5  # of an answer whose tokens are timed: a few tokens of a small model are over in no time
+_LEAST_SECONDS = 1.0  # of tokens that are timed: a few tokens of a small model are over in no time
+_WAVES = 4  # in which they may come
 _MOST_OUTPUT = 8  # times as many tokens as planned
 _FULL = 0.9  # of the cache
-_LEAST_OVERLAP = 0.5  # share of the tokens that all requests of a batch must give side by side
+_LEAST_TOKENS = 16  # of each request while all give tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,7 @@ async def measure_surfaces(session: Session) -> None:
         await _aim(session, context, sorted(shares))
     prefilled: set[str] = set()
     for turn in range(session.plan.samples + 1):
-        random.Random(turn).shuffle(cells)
-        for cell in cells:
+        for cell in sorted(cells, key=lambda c: (c.context, c.batch or 0), reverse=bool(turn % 2)):
             await _measure(session, cell, turn, prefilled)
 
 
@@ -95,7 +99,7 @@ async def _measure(session: Session, cell: _Cell, turn: int, prefilled: set[str]
     key, characters = f"{cell.name}#{turn}", aim["characters"]
     if cell.batch is None:
         tokens = cell.context * (1 + sum(1 - reuse for reuse in cell.reuses if reuse))
-        await session.measure(key, tokens, lambda: _first_tokens(session, key, cell, aim))
+        await session.measure(key, tokens, lambda: _visits(session, key, cell, aim))
     elif _runs_together(session, cell, cell.batch, turn):
         batch = cell.batch
         await session.measure(
@@ -113,7 +117,17 @@ def _runs_together(session: Session, cell: _Cell, batch: int, turn: int) -> bool
     return True
 
 
-async def _first_tokens(session: Session, key: str, cell: _Cell, aim: Record) -> Record:
+async def _visits(session: Session, key: str, cell: _Cell, aim: Record) -> Record:
+    samples: list[Record] = []
+    begin = time.perf_counter()
+    for number in range(_MOST_VISITS):
+        samples += await _first_tokens(session, f"{key}/{number}", cell, aim)
+        if time.perf_counter() - begin > _VISIT_SECONDS:
+            break
+    return {"samples": samples}
+
+
+async def _first_tokens(session: Session, key: str, cell: _Cell, aim: Record) -> list[Record]:
     """Cold, then beginnings of it with new text behind, each once it was a prompt itself, then all of it again."""
     prompts = session.prompts
     whole = prompts.cold(key, aim["characters"], body=f"text/{cell.context}")
@@ -129,7 +143,7 @@ async def _first_tokens(session: Session, key: str, cell: _Cell, aim: Record) ->
     if 1.0 in cell.reuses:
         answer = await session.ask(whole)
         samples.append(_sample(session, whole, answer, 1.0, session.tokens_of(whole, answer)))
-    return {"samples": samples}
+    return samples
 
 
 def _sample(session: Session, text: str, answer: Answer, row: float, shared: int) -> Record:
@@ -152,15 +166,22 @@ async def _between_tokens(session: Session, cell: _Cell, batch: int, characters:
             await session.ask(text)
             prefilled.add(text)
     output = _output_tokens(session, cell)
-    answers = await asyncio.gather(*(session.ask(text, output) for text in texts))
-    begin, end = max(a.times[0] for a in answers), min(a.times[-1] for a in answers)
-    tokens = sum(a.tokens_between(begin, end) for a in answers)
-    together = tokens >= _LEAST_OVERLAP * sum(a.output_tokens - 1 for a in answers) and end > begin
+    seconds = tokens = 0.0
+    context_tokens: list[int] = []
+    for _ in range(_WAVES):
+        answers = await asyncio.gather(*(session.ask(text, output) for text in texts))
+        begin, end = max(a.times[0] for a in answers), min(a.times[-1] for a in answers)
+        if end > begin:
+            seconds += end - begin
+            tokens += sum(a.tokens_between(begin, end) for a in answers)
+        context_tokens += [session.tokens_of(t, a) for t, a in zip(texts, answers, strict=True)]
+        if seconds >= _LEAST_SECONDS:
+            break
     return {
         "batch": batch,
-        "context_tokens": median(session.tokens_of(t, a) for t, a in zip(texts, answers, strict=True)) + output // 2,
-        "seconds": batch * (end - begin) / tokens if together else None,
-        "output_tokens": [a.output_tokens for a in answers],
+        "context_tokens": median(context_tokens) + output // 2,
+        "seconds": batch * seconds / tokens if tokens >= _LEAST_TOKENS * batch else None,
+        "output_tokens": output,
     }
 
 
@@ -173,41 +194,64 @@ def _output_tokens(session: Session, cell: _Cell) -> int:
 
 def ttft_cells(session: Session, start: str = "") -> tuple[TtftCell, ...]:
     """Samples by cell."""
-    found: dict[tuple[str, float], list[Record]] = {}
-    for key, record in session.records(f"{start}ttft/").items():
-        name, turn = key.split("#")
-        if turn != "0":
-            for sample in record["samples"]:
-                found.setdefault((name, sample["row"]), []).append(sample)
-    return tuple(
-        TtftCell(
-            round(median(s["context_tokens"] for s in samples)),
-            median(s["reuse"] for s in samples),
-            row,
-            None if samples[0]["cached_tokens"] is None else round(median(s["cached_tokens"] for s in samples)),
-            tuple(s["seconds"] for s in samples),
+    kept = _ttft_samples(session, start)
+    settled = typical(_times(kept), shared_by_round(_times(_ttft_samples(session, ""))))
+    cells = []
+    for name, rounds in kept.items():
+        samples = [sample for group in rounds.values() for sample in group]
+        cached = [s["cached_tokens"] for s in samples if s["cached_tokens"] is not None]
+        cells.append(
+            TtftCell(
+                round(median(s["context_tokens"] for s in samples)),
+                median(s["reuse"] for s in samples),
+                samples[0]["row"],
+                round(median(cached)) if cached else None,
+                settled[name],
+                tuple(s["seconds"] for s in samples),
+            )
         )
-        for (_, row), samples in sorted(found.items(), key=lambda item: (item[1][0]["context_tokens"], item[0][1]))
-    )
+    return tuple(sorted(cells, key=lambda cell: (cell.context_tokens, cell.row)))
 
 
 def tpot_cells(session: Session, start: str = "") -> tuple[TpotCell, ...]:
     """Samples by cell. Those of requests that hardly ran side by side are no samples."""
-    found: dict[str, list[Record]] = {}
-    for key, record in session.records(f"{start}tpot/").items():
-        name, turn = key.split("#")
-        if turn != "0" and record["seconds"] is not None:
-            found.setdefault(name, []).append(record)
-    cells = [
-        TpotCell(
-            samples[0]["batch"],
-            round(median(s["context_tokens"] for s in samples)),
-            tuple(s["seconds"] for s in samples),
-        )
-        for samples in found.values()
-    ]
+    kept = _tpot_samples(session, start)
+    settled = typical(_times(kept), shared_by_round(_times(_tpot_samples(session, ""))))
+    cells = []
+    for name, rounds in kept.items():
+        samples = [sample for group in rounds.values() for sample in group]
+        context = round(median(s["context_tokens"] for s in samples))
+        cells.append(TpotCell(samples[0]["batch"], context, settled[name], tuple(s["seconds"] for s in samples)))
     return tuple(sorted(cells, key=lambda cell: (cell.batch, cell.context_tokens)))
 
 
 def holdout_cells(session: Session) -> Holdout:
     return Holdout(ttft_cells(session, _HELD_OUT), tpot_cells(session, _HELD_OUT))
+
+
+Rounds = dict[str, dict[int, list[Record]]]  # samples by cell and round
+
+
+def _ttft_samples(session: Session, start: str) -> Rounds:
+    found: Rounds = {}
+    for key, record in session.records(f"{start}ttft/").items():
+        name, turn = key.split("#")
+        for sample in record["samples"] if turn != "0" else ():
+            found.setdefault(f"{name}/{sample['row']}", {}).setdefault(int(turn), []).append(sample)
+    return found
+
+
+def _tpot_samples(session: Session, start: str) -> Rounds:
+    found: Rounds = {}
+    for key, record in session.records(f"{start}tpot/").items():
+        name, turn = key.split("#")
+        if turn != "0" and record["seconds"] is not None:
+            found.setdefault(name, {})[int(turn)] = [record]
+    return found
+
+
+def _times(samples: Rounds) -> Times:
+    return {
+        name: {turn: median(s["seconds"] for s in group) for turn, group in rounds.items()}
+        for name, rounds in samples.items()
+    }
