@@ -19,7 +19,8 @@ from thalweg.profiler.session import Probe, Session
 from thalweg.profiler.store import Record
 from thalweg.profiler.surface import Estimate, Tag
 
-_FORKS = 10
+_FORKS = 12
+_TELLING = 4  # different counts of served tokens that tell what they are multiples of
 _FIRST_CHECK = 8  # prompts before the first one is asked for again
 _CHECK_STEP = 1.3
 _END = 3  # so many in a row that are gone: so are all before them
@@ -60,7 +61,7 @@ async def _steps(session: Session, context: int) -> Record:
 async def _shortest(session: Session) -> Record:
     """Bisects for the shortest prompt of which a repetition is served from the cache at all."""
     low, high = _SHORTEST
-    found = None
+    found = served = None
     while high - low > max(1, low // 16):
         middle = round((low * high) ** 0.5)
         text = session.prompts.cold(f"shortest/{middle}", session.prompts.characters(middle), body="shortest")
@@ -69,10 +70,10 @@ async def _shortest(session: Session) -> Record:
         if cached is None:
             break
         if cached:
-            found, high = tokens if found is None else min(found, tokens), middle
+            found, served, high = tokens, cached, middle
         else:
             low = middle
-    return {"tokens": found}
+    return {"tokens": found, "cached_tokens": served}
 
 
 async def _tell(session: Session) -> Record:
@@ -209,8 +210,9 @@ def cache_facts(session: Session) -> CacheFacts:
     records = session.samples.records
     steps = records.get("cache/steps", {"forks": [], "again": [0, None]})
     told = [(shared, cached) for shared, cached in steps["forks"] if cached]
-    again = steps["again"]
-    unit = math.gcd(*(cached for _, cached in told)) if len(told) >= 2 else None
+    again, shortest = steps["again"], records.get("cache/shortest", {})
+    served_tokens = [cached for _, cached in told] + [n for n in (again[1], shortest.get("cached_tokens")) if n]
+    unit = math.gcd(*served_tokens) if len(served_tokens) >= _TELLING else None
     lags = [shared - cached for shared, cached in told]
     if again[1]:
         lags.append(again[0] - again[1])
@@ -223,7 +225,7 @@ def cache_facts(session: Session) -> CacheFacts:
         enabled=served,
         unit_tokens=unit,
         lag_tokens=max(lags, default=None),
-        shortest_hit_tokens=records.get("cache/shortest", {}).get("tokens"),
+        shortest_hit_tokens=shortest.get("tokens"),
         capacity_tokens=capacity,
         request_tokens=request,
         most_prompts=most,

@@ -23,7 +23,8 @@ class Plan:
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
     decode_contexts: tuple[int, ...]
-    samples: int
+    samples: int  # rounds over all cells
+    visit_seconds: float  # of a cell in a round, where one answer takes less
     output_tokens: int
     budget_seconds: float
     fill_tokens: tuple[int, ...]  # lengths of the prompts that fill the cache
@@ -83,19 +84,19 @@ def usual_plan(max_context: int, *, quick: bool, **changes: Any) -> Plan:
     if quick:
         fields: dict[str, Any] = {
             "contexts": contexts, "batches": (1, 4), "decode_contexts": (contexts[0], most), "samples": 3,
-            "output_tokens": 32, "budget_seconds": 150.0,
+            "visit_seconds": 0.2, "output_tokens": 32, "budget_seconds": 150.0,
             "fill_tokens": tuple(sorted({most // 8, most // 4, most})), "most_fill_tokens": 100_000,
-            "check_contexts": (contexts[-1] // 2,), "company_tokens": 2 * most, "load_context": most // 2,
+            "check_contexts": (contexts[-1] // 2,), "company_tokens": most, "load_context": most // 2,
             "load_reuse": 0.9, "load_output": 16, "concurrencies": (1, 4), "rates": (0.7,), "load_seconds": 3.0,
             "idle_seconds": (2.0,),
         }  # fmt: skip
     else:
         fields = {
             "contexts": contexts, "batches": (1, 2, 4, 8), "decode_contexts": contexts[::2],
-            "samples": 20, "output_tokens": 128, "budget_seconds": 1800.0, "fill_tokens": (512, 2048, 4096),
-            "most_fill_tokens": 2_000_000, "check_contexts": (1024, 8192), "company_tokens": most,
-            "load_context": min(8192, most), "load_reuse": 0.9, "load_output": 64, "concurrencies": (1, 2, 4, 8, 16),
-            "rates": (0.5, 0.8, 1.1), "load_seconds": 15.0, "idle_seconds": (5.0, 30.0),
+            "samples": 20, "visit_seconds": 1.0, "output_tokens": 128, "budget_seconds": 1800.0,
+            "fill_tokens": (512, 2048, 4096), "most_fill_tokens": 2_000_000, "check_contexts": (1024, 8192),
+            "company_tokens": most, "load_context": min(8192, most), "load_reuse": 0.9, "load_output": 64,
+            "concurrencies": (1, 2, 4, 8, 16), "rates": (0.5, 0.8, 1.1), "load_seconds": 15.0, "idle_seconds": (5.0, 30.0),
         }  # fmt: skip
     fields |= {"ttft_limit": 5.0, "tpot_limit": 0.02}
     fields |= {name: value for name, value in changes.items() if value is not None}

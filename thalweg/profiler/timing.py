@@ -20,11 +20,9 @@ from thalweg.profiler.rounds import Times, shared_by_round, typical
 from thalweg.profiler.session import Session
 from thalweg.profiler.store import Record
 
-_VISIT_SECONDS = 1.0  # that first tokens of a context are asked for in a round, where one takes less
 _MOST_VISITS = 5
 _AIMS = 3  # tries to meet a length
 _HELD_OUT = "holdout-"
-_LEAST_SECONDS = 1.0  # of tokens that are timed: a few tokens of a small model are over in no time
 _WAVES = 4  # in which they may come
 _MOST_OUTPUT = 8  # times as many tokens as planned
 _FULL = 0.9  # of the cache
@@ -122,7 +120,7 @@ async def _visits(session: Session, key: str, cell: _Cell, aim: Record) -> Recor
     begin = time.perf_counter()
     for number in range(_MOST_VISITS):
         samples += await _first_tokens(session, f"{key}/{number}", cell, aim)
-        if time.perf_counter() - begin > _VISIT_SECONDS:
+        if time.perf_counter() - begin > session.plan.visit_seconds:
             break
     return {"samples": samples}
 
@@ -175,7 +173,7 @@ async def _between_tokens(session: Session, cell: _Cell, batch: int, characters:
             seconds += end - begin
             tokens += sum(a.tokens_between(begin, end) for a in answers)
         context_tokens += [session.tokens_of(t, a) for t, a in zip(texts, answers, strict=True)]
-        if seconds >= _LEAST_SECONDS:
+        if seconds >= session.plan.visit_seconds:
             break
     return {
         "batch": batch,
@@ -189,7 +187,11 @@ def _output_tokens(session: Session, cell: _Cell) -> int:
     """Enough, by the first round, to take a while."""
     planned = session.plan.output_tokens
     seconds = session.samples.records.get(f"{cell.name}#0", {}).get("seconds")
-    return planned if not seconds else min(_MOST_OUTPUT * planned, max(planned, round(_LEAST_SECONDS / seconds)))
+    return (
+        planned
+        if not seconds
+        else min(_MOST_OUTPUT * planned, max(planned, round(session.plan.visit_seconds / seconds)))
+    )
 
 
 def ttft_cells(session: Session, start: str = "") -> tuple[TtftCell, ...]:
