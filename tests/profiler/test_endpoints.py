@@ -40,7 +40,7 @@ class Silent(BaseHTTPRequestHandler):
             self._send(400, b'{"error": {"message": "unknown field"}}')
             return
         text = fields["messages"][0]["content"]
-        time.sleep(0.002 if text in self.seen else 0.002 + len(text) * 2e-5)
+        time.sleep(0.002 if text in self.seen else 0.002 + len(text) * 1e-4)
         self.seen.add(text)
         words = ["one", " two", " three"][: fields["max_tokens"]]
         chunks = [

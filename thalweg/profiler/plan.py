@@ -79,30 +79,72 @@ def grid(least: int, most: int, step: float) -> tuple[int, ...]:
 
 def usual_plan(max_context: int, *, quick: bool, **changes: Any) -> Plan:
     """The grid for an endpoint whose prompts may have `max_context` tokens. `changes` that are None are left alone."""
-    most = max(256, min(max_context * 7 // 8, 4096 if quick else 65536))
-    contexts = grid(min(512, most), most, 2.83 if quick else 4)
-    if quick:
-        fields: dict[str, Any] = {
-            "contexts": contexts, "batches": (1, 4), "decode_contexts": (contexts[0], most), "samples": 3,
-            "visit_seconds": 0.2, "output_tokens": 32, "budget_seconds": 150.0,
-            "fill_tokens": tuple(sorted({most // 8, most // 4, most})), "most_fill_tokens": 100_000,
-            "check_contexts": (contexts[-1] // 2,), "company_tokens": most, "load_context": most // 2,
-            "load_reuse": 0.9, "load_output": 16, "concurrencies": (1, 4), "rates": (0.7,), "load_seconds": 3.0,
-            "idle_seconds": (2.0,),
-        }  # fmt: skip
-    else:
-        fields = {
-            "contexts": contexts, "batches": (1, 2, 4, 8), "decode_contexts": contexts[::2],
-            "samples": 20, "visit_seconds": 1.0, "output_tokens": 128, "budget_seconds": 1800.0,
-            "fill_tokens": (512, 2048, 4096), "most_fill_tokens": 2_000_000, "check_contexts": (1024, 8192),
-            "company_tokens": most, "load_context": min(8192, most), "load_reuse": 0.9, "load_output": 64,
-            "concurrencies": (1, 2, 4, 8, 16), "rates": (0.5, 0.8, 1.1), "load_seconds": 15.0, "idle_seconds": (5.0, 30.0),
-        }  # fmt: skip
+    allowed = max_context * 7 // 8  # answers need room too
+    longest = max(256, min(allowed, 4096 if quick else 65536))
+    contexts = changes.get("contexts") or grid(min(512, longest), longest, 2.83 if quick else 4)
+    most = contexts[-1]
+    if most > max(256, allowed):
+        raise ConfigError(f"contexts: {most} is over {allowed}, 7/8 of what the endpoint takes", param="contexts")
+    fields = _quick(contexts) if quick else _whole(contexts)
     fields |= {"ttft_limit": 5.0, "tpot_limit": 0.02}
     fields |= {name: value for name, value in changes.items() if value is not None}
     plan = Plan(**fields)
     plan.check()
     return plan
+
+
+def _quick(contexts: tuple[int, ...]) -> dict[str, Any]:
+    """Two to three minutes of a small model."""
+    most = contexts[-1]
+    return {
+        "contexts": contexts,
+        "batches": (1, 4),
+        "decode_contexts": _rising(contexts[0], most),
+        "samples": 3,
+        "visit_seconds": 0.2,
+        "output_tokens": 32,
+        "budget_seconds": 150.0,
+        "fill_tokens": _rising(most // 8, most // 4, most),
+        "most_fill_tokens": 100_000,
+        "check_contexts": (most // 2,),
+        "company_tokens": most,
+        "load_context": most // 2,
+        "load_reuse": 0.9,
+        "load_output": 16,
+        "concurrencies": (1, 4),
+        "rates": (0.7,),
+        "load_seconds": 3.0,
+        "idle_seconds": (2.0,),
+    }
+
+
+def _whole(contexts: tuple[int, ...]) -> dict[str, Any]:
+    """Half an hour."""
+    most = contexts[-1]
+    return {
+        "contexts": contexts,
+        "batches": (1, 2, 4, 8),
+        "decode_contexts": _rising(contexts[0], contexts[len(contexts) // 2], most),
+        "samples": 20,
+        "visit_seconds": 1.0,
+        "output_tokens": 128,
+        "budget_seconds": 1800.0,
+        "fill_tokens": (512, 2048, 4096),
+        "most_fill_tokens": 2_000_000,
+        "check_contexts": _rising(min(1024, most), min(8192, most)),
+        "company_tokens": most,
+        "load_context": min(8192, most),
+        "load_reuse": 0.9,
+        "load_output": 64,
+        "concurrencies": (1, 2, 4, 8, 16),
+        "rates": (0.5, 0.8, 1.1),
+        "load_seconds": 15.0,
+        "idle_seconds": (5.0, 30.0),
+    }
+
+
+def _rising(*lengths: int) -> tuple[int, ...]:
+    return tuple(sorted(set(lengths)))
 
 
 def between(values: tuple[int, ...]) -> tuple[int, ...]:

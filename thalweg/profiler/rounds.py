@@ -17,19 +17,15 @@ _SWEEPS = 10  # of median polish; it settles in a few
 
 def shared_by_round(times: Times) -> dict[int, float]:
     """By how much, in logarithms, each round was slower than the median round, by median polish."""
-    left = {cell: {turn: log(seconds) for turn, seconds in rounds.items()} for cell, rounds in times.items()}
-    shared = dict.fromkeys(sorted({turn for rounds in left.values() for turn in rounds}), 0.0)
+    logs = {cell: {turn: log(seconds) for turn, seconds in rounds.items()} for cell, rounds in times.items()}
+    by_round: dict[int, list[str]] = {}
+    for cell, rounds in logs.items():
+        for turn in rounds:
+            by_round.setdefault(turn, []).append(cell)
+    shared = dict.fromkeys(sorted(by_round), 0.0)
     for _ in range(_SWEEPS):
-        for rounds in left.values():
-            middle = median(rounds.values())
-            for turn in rounds:
-                rounds[turn] -= middle
-        for turn in shared:
-            middle = median(rounds[turn] for rounds in left.values() if turn in rounds)
-            shared[turn] += middle
-            for rounds in left.values():
-                if turn in rounds:
-                    rounds[turn] -= middle
+        own = {cell: median(value - shared[turn] for turn, value in rounds.items()) for cell, rounds in logs.items()}
+        shared = {turn: median(logs[cell][turn] - own[cell] for cell in by_round[turn]) for turn in shared}
     usual = median(shared.values()) if shared else 0.0
     return {turn: value - usual for turn, value in shared.items()}
 
