@@ -53,7 +53,9 @@ def profile(scale: float = 1.0) -> Profile:
         created="2026-01-01T00:00:00+00:00",
         seconds=1.0,
         plan=usual_plan(8192, quick=True).fields(),
-        endpoint=EndpointFacts("http://x", "m", 65536, None, None, "completions", False, True, True, None, ("a note",)),
+        endpoint=EndpointFacts(
+            "http://x", "m", 65536, None, None, "completions", False, False, True, True, None, ("a note",)
+        ),
         objectives=Objectives(1.0, 0.1),
         warm_up="",
         ttft_cells=tuple(first),

@@ -1,6 +1,7 @@
 """The prefix cache from outside: in which steps it serves, what it forgets, and how much it keeps.
 
-Where the endpoint reports cached tokens they are taken; else a hit is told from a miss by the time to the first token.
+Where answers report cached tokens these are taken; else what the counter of /metrics rose by; else a hit is told from a
+miss by the time to the first token.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 from scipy.optimize import nnls
 
+from thalweg.profiler.client import Answer
+from thalweg.profiler.counters import hit_tokens
 from thalweg.profiler.profile import CacheFacts, Fill, Retained
 from thalweg.profiler.session import Probe, Session
 from thalweg.profiler.store import Record
 from thalweg.profiler.surface import Estimate, Tag
 
 _FORKS = 12
+_COUNTER_SECONDS = 0.03  # after an answer, until counters have it
 _TELLING = 4  # different counts of served tokens that tell what they are multiples of
 _FIRST_CHECK = 8  # prompts before the first one is asked for again
 _CHECK_STEP = 1.3
@@ -51,10 +56,10 @@ async def _steps(session: Session, context: int) -> Record:
     forks = []
     for number in range(_FORKS):
         beginning = whole[: random.randrange(len(whole) // 4, len(whole))]
-        answer = await session.ask(beginning + prompts.stretch(f"fork/{number}", prompts.characters(48)))
+        answer = await _asked(session, beginning + prompts.stretch(f"fork/{number}", prompts.characters(48)))
         alone = await session.ask(beginning)  # only to count its tokens
         forks.append([session.tokens_of(beginning, alone), answer.cached_tokens])
-    again = await session.ask(whole)
+    again = await _asked(session, whole)
     return {"forks": forks, "again": [session.tokens_of(whole, again), again.cached_tokens]}
 
 
@@ -66,7 +71,7 @@ async def _shortest(session: Session) -> Record:
         middle = round((low * high) ** 0.5)
         text = session.prompts.cold(f"shortest/{middle}", session.prompts.characters(middle), body="shortest")
         tokens = session.tokens_of(text, await session.ask(text))
-        cached = (await session.ask(text)).cached_tokens
+        cached = (await _asked(session, text)).cached_tokens
         if cached is None:
             break
         if cached:
@@ -89,9 +94,25 @@ async def _tell(session: Session) -> Record:
     return {"lengths": lengths}
 
 
+async def _asked(session: Session, text: str) -> Answer:
+    """One answer, with the tokens served from the cache wherever they can be had from."""
+    if session.facts.cached_tokens_reported or not session.facts.hits_counted:
+        return await session.ask(text)
+    before = await _counted(session)
+    answer = await session.ask(text)
+    await asyncio.sleep(_COUNTER_SECONDS)
+    after = await _counted(session)
+    return replace(answer, cached_tokens=None if before is None or after is None else after - before)
+
+
+async def _counted(session: Session) -> int | None:
+    response = await session.client.get("/metrics")
+    return None if response is None else hit_tokens(response.text)
+
+
 async def _share(session: Session, text: str) -> tuple[float, int]:
     """How much of a prompt that was sent before is served from the cache, and its tokens."""
-    answer = await session.ask(text)
+    answer = await _asked(session, text)
     tokens = session.tokens_of(text, answer)
     if answer.cached_tokens is not None:
         return answer.cached_tokens / tokens, tokens

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from thalweg.errors import UnavailableError
 from thalweg.profiler.client import Client, Form
+from thalweg.profiler.counters import hit_tokens, running_requests, stated_capacity
 from thalweg.profiler.profile import EndpointFacts
 from thalweg.profiler.prompts import Prompts
 
 _PROBE_TOKENS = 1500  # enough for any cache's unit
 _OUTPUT = 16
-_CAPACITY = re.compile(r"^\w+:cache_config_info\{(.*)\} 1(?:\.0)?$", re.MULTILINE)
-_CAPACITY_GAUGE = re.compile(r"^\w+:max_total_num_tokens(?:\{.*\})? (\S+)$", re.MULTILINE)
+_NO_CACHED = "cached tokens: not reported; hits are told {}"
 
 
 async def detect(client: Client, model: str | None, seed: int) -> tuple[EndpointFacts, Form]:
@@ -32,21 +31,34 @@ async def detect(client: Client, model: str | None, seed: int) -> tuple[Endpoint
     again = await client.ask(form, text, _OUTPUT)
     forced = form.forced and first.completion_tokens == again.completion_tokens == _OUTPUT
     version = _json(await client.get("/version")).get("version")
-    metrics = await client.get("/metrics")
-    stated = None if metrics is None else stated_capacity(metrics.text)
+    response = await client.get("/metrics")
+    metrics = "" if response is None else response.text
+    counted, others = hit_tokens(metrics) is not None, running_requests(metrics)
     usage, cached = again.prompt_tokens is not None, again.cached_tokens is not None
     notes = [
         *([] if listed is not None else ["/v1/models: not there"]),
         *([] if usage else ["usage: not reported; tokens are estimated from characters and chunks"]),
-        *([] if cached else ["cached tokens: not reported; hits are told by time"]),
+        *([] if cached else [_NO_CACHED.format("by the counter of /metrics" if counted else "by time")]),
         *([] if forced else ["output length: cannot be forced; answers may be shorter than asked for"]),
-        *([] if metrics is not None else ["/metrics: not there"]),
+        *([] if response is not None else ["/metrics: not there"]),
+        *([f"{others} requests of others are running: times are with them"] if others else []),
         *([] if form.api == "completions" else ["/v1/completions: not accepted; prompts are chat messages"]),
     ]
     longest = card.get("max_model_len") or (card.get("meta") or {}).get("n_ctx_train")
     server = listed.headers.get("server") if listed is not None else None
     facts = EndpointFacts(
-        client.url, str(name), longest, version, server, form.api, cached, usage, forced, stated, tuple(notes)
+        client.url,
+        str(name),
+        longest,
+        version,
+        server,
+        form.api,
+        cached,
+        counted,
+        usage,
+        forced,
+        stated_capacity(metrics),
+        tuple(notes),
     )
     return facts, form
 
@@ -63,17 +75,6 @@ async def _accepted(client: Client, model: str, prompts: Prompts) -> Form:
             continue
         return form
     raise UnavailableError(f"{client.url} accepts no request that is known here; the last answer: {said}")
-
-
-def stated_capacity(metrics: str) -> int | None:
-    """Tokens of the cache, as /metrics of vLLM (and of ours) or of SGLang has it."""
-    found = _CAPACITY.search(metrics)
-    if found:
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', found.group(1)))
-        size, blocks = labels.get("block_size", ""), labels.get("num_gpu_blocks", "")
-        return int(size) * int(blocks) if size.isdigit() and blocks.isdigit() else None
-    gauge = _CAPACITY_GAUGE.search(metrics)
-    return int(float(gauge.group(1))) if gauge else None
 
 
 def _json(response: Any) -> dict[str, Any]:

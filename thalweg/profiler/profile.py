@@ -34,6 +34,7 @@ class EndpointFacts:
     server: str | None  # the header of that name
     api: str  # completions or chat: what probes were sent to
     cached_tokens_reported: bool
+    hits_counted: bool  # /metrics counts tokens served from the cache
     usage_reported: bool  # else tokens are estimated from characters and chunks
     output_length_forced: bool  # ignore_eos is honoured
     stated_capacity_tokens: int | None  # of /metrics, where it is there
