@@ -43,6 +43,8 @@ async def measure_cache(session: Session) -> None:
     for seconds in plan.idle_seconds:
         if session.left_seconds() > seconds + 1:
             await session.measure(f"cache/idle/{seconds:g}", context, _after(session, context, seconds))
+    if not plan.most_fill_tokens:
+        return  # nor is the cache reset
     held_out = round((plan.fill_tokens[-2:][0] * plan.fill_tokens[-1]) ** 0.5) if plan.fill_tokens else 0
     for name, tokens in [*(("fill", t) for t in plan.fill_tokens), *([("holdout-fill", held_out)] * plan.holdout)]:
         await session.measure(f"{name}/{tokens}", _FIRST_CHECK * tokens, _filling(session, tokens))
@@ -179,6 +181,7 @@ class _Filling:
             if len(self._sent) >= check:
                 evicted = await self._first_is_gone()
                 check = math.ceil(check * _CHECK_STEP)
+        evicted = evicted or (bool(self._sent) and await self._first_is_gone())
         held = await self._count() if evicted else self._filled * self._full
         return {
             "prompt_tokens": median(self._lengths) if self._lengths else self._tokens,
