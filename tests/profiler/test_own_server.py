@@ -75,7 +75,9 @@ def test_the_unit_and_the_capacity_are_ours(filled: Profile) -> None:
 
 
 def test_answers_are_the_same_however_they_are_asked_for(measured: Profile) -> None:
-    assert measured.checks
+    assert {(c.what, c.remainder) for c in measured.checks} == {
+        (w, r) for w in ("needle", "continuation") for r in range(4)
+    }
     assert all(check.equal for check in measured.checks)
     assert all(check.found for check in measured.checks)
     assert any(check.cached_tokens for check in measured.checks)

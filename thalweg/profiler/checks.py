@@ -28,12 +28,13 @@ async def measure_checks(session: Session) -> None:
 
 def _probe(session: Session, key: str, what: str, where: tuple[int, int]) -> Probe:
     api = "chat" if what == "needle" else None
-    context, remainder = where
+    (context, remainder), prompts = where, session.prompts
 
     def made(padding: int, salt: str) -> tuple[str, str | None]:
         if what == "needle":
-            return session.prompts.needle(key, session.prompts.characters(context), padding, salt)
-        return session.prompts.cold(salt, session.prompts.characters(context), body=key) + " data" * padding, None
+            return prompts.needle(key, prompts.characters(context), padding, salt)
+        # Behind salts of any length the same text, so that only the padding changes how many tokens there are.
+        return prompts.salt(salt) + prompts.stretch(key, prompts.characters(context)) + " data" * padding, None
 
     async def probe() -> Record:
         padding = 0
@@ -46,7 +47,7 @@ def _probe(session: Session, key: str, what: str, where: tuple[int, int]) -> Pro
         text, expected = made(padding, f"{key}/asked")
         cold = await session.ask(text, _ANSWER_TOKENS, api)
         warm = await session.ask(text, _ANSWER_TOKENS, api)
-        others = [session.prompts.cold(f"{key}/other/{i}", len(text)) for i in range(_COMPANIONS)]
+        others = [prompts.cold(f"{key}/other/{i}", len(text)) for i in range(_COMPANIONS)]
         company, *_ = await asyncio.gather(
             session.ask(text, _ANSWER_TOKENS, api), *(session.ask(other, _ANSWER_TOKENS) for other in others)
         )
