@@ -129,7 +129,7 @@ def _whole(contexts: tuple[int, ...]) -> dict[str, Any]:
         "visit_seconds": 1.0,
         "output_tokens": 128,
         "budget_seconds": 1800.0,
-        "fill_tokens": (512, 2048, 4096),
+        "fill_tokens": (1024, 2048, 4096),
         "most_fill_tokens": 2_000_000,
         "check_contexts": _rising(min(1024, most), min(8192, most)),
         "company_tokens": most,
