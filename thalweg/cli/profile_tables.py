@@ -65,15 +65,13 @@ def _endpoint(profile: Profile) -> Shown:
 
 
 def _surface(title: str, points: tuple[Point, ...], column: str) -> Shown:
-    """One line per context, one column per row of the surface."""
+    """One line per context, one column per row of the surface. All rows have the same contexts, or nearly."""
     rows = sorted({point.y for point in points})
-    table = Shown(title, ["prompt tokens", *(column.format(row) for row in rows)])
-    lines: list[tuple[float, dict[float, str]]] = []
-    for point in sorted(points, key=lambda p: p.x):
-        if not lines or point.x > lines[-1][0] * (1 + _SAME):
-            lines.append((point.x, {}))
-        lines[-1][1][point.y] = _estimate(point.estimate)
-    table.rows.extend([[f"{x:,.0f}", *(cells.get(row, "") for row in rows)] for x, cells in lines])
+    table = Shown(title, ["tokens", *(column.format(row) for row in rows)])
+    for line in zip(*([point for point in points if point.y == row] for row in rows), strict=True):
+        least, most = min(point.x for point in line), max(point.x for point in line)
+        label = f"{least:,.0f}" if most < least * (1 + _SAME) else f"{least:,.0f} to {most:,.0f}"
+        table.rows.append([label, *(_estimate(point.estimate) for point in line)])
     return table
 
 

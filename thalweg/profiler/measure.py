@@ -88,7 +88,7 @@ def profile_of(session: Session, facts: EndpointFacts) -> Profile:
         loads=loads(session, objectives),
         holdout=held_out.with_fills(held_out_fills(session)),
         surface={},
-        left_out=tuple(f"{key}: {why}" for key, why in sorted(session.left_out.items())),
+        left_out=session.omissions(),
         machine=_machine(),
     ).with_surface()
 

@@ -77,6 +77,20 @@ class Session:
         self.samples.add(key, record, took)
         return record
 
+    def omissions(self) -> tuple[str, ...]:
+        """What has no sample, and which cells had fewer rounds than wanted."""
+        rounds: dict[str, int] = {}
+        for key in self.samples.records:
+            kind, _, turn = key.partition("#")
+            if turn not in ("", "0"):
+                rounds[kind] = rounds.get(kind, 0) + 1
+        missing = [f"{kind}: {why}" for kind, why in sorted(self.left_out.items()) if kind not in rounds]
+        few = sorted({rounds[kind] for kind in self.left_out if kind in rounds})
+        if few:
+            span = str(few[0]) if few[0] == few[-1] else f"{few[0]} to {few[-1]}"
+            missing.append(f"rounds: {len(set(self.left_out) & set(rounds))} cells have {span} only")
+        return tuple(missing)
+
     async def ask(self, text: str, output_tokens: int = 1, api: str | None = None) -> Answer:
         """One answer; what it says of lengths is kept in mind."""
         answer = await self.client.ask(self.form, text, output_tokens, api)

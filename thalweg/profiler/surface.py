@@ -20,6 +20,7 @@ from thalweg.errors import ConfigError
 FAR = 2.0  # extrapolated up to so many times the last cell; only bounds beyond
 _SAME = 0.01  # contexts that differ relatively by less are the same
 _SAME_ROW = 1e-3
+_COLUMN = 1.6  # contexts within this ratio are meant to be the same
 
 
 class Tag(StrEnum):
@@ -142,15 +143,16 @@ class Surface:
 
     def table(self, longest: float | None) -> list[Point]:
         """All cells, the points of the grid that have none, and two lengths beyond it, up to `longest`."""
-        lengths = sorted({float(x) for curve in self._rows.values() for x in curve.x})
-        grid: list[float] = []
-        for x in lengths:  # cells of one column differ by some tokens
-            if not grid or x > grid[-1] * (1 + 5 * _SAME):
-                grid.append(x)
-        beyond = [x for x in (FAR * grid[-1], 2 * FAR * grid[-1]) if longest is None or x <= longest] if grid else []
+        grid: list[dict[float, float]] = []  # contexts by row of one column, which differ by some tokens
+        for x, row in sorted((float(x), row) for row, curve in self._rows.items() for x in curve.x):
+            if not grid or row in grid[-1] or x > min(grid[-1].values()) * _COLUMN:
+                grid.append({})
+            grid[-1][row] = x
+        last = max(grid[-1].values()) if grid else 0.0
+        beyond = [x for x in (FAR * last, 2 * FAR * last) if last and (longest is None or x <= longest)]
         points = []
         for row, curve in self._rows.items():
-            own = [float(next((x for x in curve.x if abs(x / g - 1) < 5 * _SAME), g)) for g in grid]
+            own = [column.get(row, min(column.values())) for column in grid]
             points += [Point(x, row, curve.at(x)) for x in own + beyond]
         return points
 
