@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from thalweg.evaluation.needles import held_out, needle_line, question_for
-from thalweg.evaluation.words import FIRST_WORDS, WORDS
+from thalweg.prose.facts import FIRST_WORDS, WORDS, held_out, needle_line, question_for
+from thalweg.prose.library import library_texts
 from thalweg.text.chat import ChatOptions, EncoderRevision, encode_chat
-from thalweg.text.library import library_texts
 from thalweg.text.tokenizer import Tokenizer
 
 CHARACTERS_PER_TOKEN = 3.4

@@ -31,7 +31,7 @@ from benchmarks.commit import commit_name
 from benchmarks.traffic import DOCUMENT_CHARACTERS, DOCUMENTS, Call, Traffic
 from thalweg.cli.demo import machine_facts, running_server
 from thalweg.evaluation.endpoint import Client
-from thalweg.text.library import library_texts
+from thalweg.prose.library import library_texts
 
 FLAGS = (
     "--threads", "1", "--max-num-seqs", "4", "--max-num-batched-tokens", "512", "--max-model-len", "65536",

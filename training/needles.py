@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thalweg.evaluation.haystack import Text
-from thalweg.evaluation.needles import HELD_OUT_SHARE, held_out
-from thalweg.evaluation.words import FIRST_WORDS, WORDS
+from thalweg.prose.facts import FIRST_WORDS, HELD_OUT_SHARE, WORDS, held_out
 from thalweg.text.markers import ASSISTANT, BOS, END_THINK, EOS, USER
 from thalweg.text.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from thalweg.evaluation.haystack import Text, text_of
-from thalweg.text.library import library_texts
+from thalweg.prose.library import library_texts
 from thalweg.text.tokenizer import Tokenizer
 
 HELD_OUT = 0.05  # the last part of the text is never trained on

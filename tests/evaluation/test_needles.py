@@ -10,7 +10,7 @@ from thalweg.config.model_parse import default_model
 from thalweg.errors import ConfigError
 from thalweg.evaluation.haystack import Text, library_text
 from thalweg.evaluation.needles import Exam, Examiner, Placing, Spec, Task
-from thalweg.evaluation.words import FIRST_WORDS, WORDS
+from thalweg.prose.facts import FIRST_WORDS, WORDS
 from thalweg.text.chat import ChatOptions, encode_chat
 from thalweg.text.tokenizer import Tokenizer
 

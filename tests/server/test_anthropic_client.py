@@ -11,7 +11,7 @@ import pytest
 from anthropic import Anthropic
 
 from tests.server.conftest import Server, start
-from thalweg.text.library import library_texts
+from thalweg.prose.library import library_texts
 
 MODEL = "thalweg-tiny"
 GREEDY = {"temperature": 0}  # a field that newer versions of this package do not name

@@ -10,7 +10,7 @@ import pytest
 from thalweg.config.model_parse import default_model
 from thalweg.evaluation.haystack import Text
 from thalweg.evaluation.needles import Examiner, Spec, Task
-from thalweg.text.library import library_texts
+from thalweg.prose.library import library_texts
 from thalweg.text.tokenizer import Tokenizer
 from training.needles import ANSWER_ROWS, CUT, FARTHEST, Batch, Forms, Shape, training_batch
 from training.text import read_text

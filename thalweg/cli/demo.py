@@ -20,8 +20,8 @@ from thalweg.cli.progress import bar, output
 from thalweg.errors import ConfigError, UnavailableError
 from thalweg.evaluation.endpoint import Client
 from thalweg.evaluation.exam import Answer, Asking, ask, model_name
-from thalweg.evaluation.needles import needle_line, question_for
-from thalweg.text.library import library_texts
+from thalweg.prose.facts import needle_line, question_for
+from thalweg.prose.library import library_texts
 
 if TYPE_CHECKING:
     from rich.console import Console

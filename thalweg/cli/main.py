@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from thalweg import __version__
-from thalweg.cli import cache, demo, evaluate, generate, inspect, kernels, new_model, peers, plan, serve, simulate
+from thalweg.cli import (
+    cache,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    kernels,
+    new_model,
+    peers,
+    plan,
+    profile,
+    serve,
+    simulate,
+)
 from thalweg.errors import ThalwegError
 
 app = typer.Typer(
@@ -29,6 +42,7 @@ app.add_typer(cache.app, name="cache")
 app.add_typer(kernels.app, name="kernels")
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
+app.add_typer(profile.app, name="profile")
 
 
 def _version(wanted: bool) -> None:
@@ -48,6 +62,8 @@ def _root(
 
 def _own(arguments: list[str]) -> list[str]:
     """Arguments in our terms, after a word about those that have no effect."""
+    if arguments[:1] == ["profile"]:
+        return ["profile", *profile.own_arguments(arguments[1:])]
     if arguments[:1] != ["serve"]:
         return arguments
     own, notes = peers.own_arguments(arguments)

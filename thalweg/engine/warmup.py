@@ -95,7 +95,7 @@ def _first_block(spec: CacheGroupSpec, tokens: int) -> GrowingTable:
 
 
 def _alive(spec: CacheGroupSpec, start: int, end: int) -> SlidingTable:
-    table = SlidingTable()
+    table = SlidingTable(spec)
     for number in range(spec.first_live_block(start), -(-end // spec.tokens_per_block)):
         table.put(number, 0)
     return table

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thalweg.errors import ConfigError
-from thalweg.text.library import library_texts
+from thalweg.prose.library import library_texts
 from thalweg.text.tokenizer import Tokenizer
 
 ENTRY = 4  # tokens per CSA entry

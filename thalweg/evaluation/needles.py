@@ -16,11 +16,10 @@ import numpy as np
 
 from thalweg.errors import ConfigError
 from thalweg.evaluation.haystack import ENTRY, Haystack, Line, Text
-from thalweg.evaluation.words import FIRST_WORDS, WORDS
+from thalweg.prose.facts import FIRST_WORDS, HELD_OUT_SHARE, WORDS, held_out, needle_line, question_for
 from thalweg.text.chat import ChatOptions, encode_chat
 from thalweg.text.tokenizer import Tokenizer
 
-HELD_OUT_SHARE = 8  # one key in so many
 _WINDOW, _UNIT, _CHUNK = 128, 128, 2048
 _VALUES, _HOPS, _COPIED = 4, 2, 8  # values of one key; steps of a chain; words of a note
 _MOST_PER_DOCUMENT = 64
@@ -84,19 +83,6 @@ class _Fact:
     lines: tuple[str, ...]
     question: str
     expected: tuple[str, ...]
-
-
-def held_out(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Which keys, as indices into WORDS, are kept from training."""
-    return (3 * first + second) % HELD_OUT_SHARE == 0
-
-
-def needle_line(key: str, value: str) -> str:
-    return f'The value of {key} is: "{value}".\n'
-
-
-def question_for(key: str) -> str:
-    return f"What is the value of {key}?"
 
 
 class Examiner:

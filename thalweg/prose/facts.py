@@ -1,6 +1,13 @@
-"""The words of keys and values: each is one token of the embedded tokenizer."""
+"""Facts to hide in text and to ask for: `The value of KEY is: "VALUE".`, keys and values of two common words each.
+
+Each word is one token of the embedded tokenizer. One key in eight is never trained on by the embedded model.
+"""
 
 from __future__ import annotations
+
+import numpy as np
+
+HELD_OUT_SHARE = 8  # one key in so many
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -30,3 +37,16 @@ FIRST_WORDS = _words(
     state string text thread time token tuple type user version write year
     """
 )
+
+
+def held_out(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Which keys, as indices into WORDS, are kept from training."""
+    return (3 * first + second) % HELD_OUT_SHARE == 0
+
+
+def needle_line(key: str, value: str) -> str:
+    return f'The value of {key} is: "{value}".\n'
+
+
+def question_for(key: str) -> str:
+    return f"What is the value of {key}?"

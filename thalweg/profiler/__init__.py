@@ -1,0 +1,1 @@
+"""Measures any OpenAI-compatible endpoint from outside: imports nothing of the engine."""
