@@ -58,7 +58,7 @@ def seconds_per_step(engine: Engine, name: str, prompt: np.ndarray) -> float:
 def started(threads: int, *, empty: bool) -> Runtime:
     runtime = build_runtime(load_options({"threads": threads}, environment={}))
     if empty:
-        runtime.engine._runner._model = EmptyModel(runtime.model_config.vocab_size)  # type: ignore[attr-defined]
+        runtime.engine._runner.steps = EmptyModel(runtime.model_config.vocab_size)  # type: ignore[attr-defined]
     runtime.engine.start()
     return runtime
 

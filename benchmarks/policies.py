@@ -68,6 +68,7 @@ from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.memory.packing import BlockPacker
 from thalweg.memory.transfers import Transfers
 from thalweg.model.numerics import Numerics
+from thalweg.model.repeat import RepeatedModel
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate
 from thalweg.text.tokenizer import Tokenizer
@@ -184,10 +185,9 @@ class Bench:
         runner: Runner = NoModel()
         mover = None
         if shape.model is not None:
-            device = torch.device("cpu")
-            arena = CacheArena(plan, device)
-            builder = BatchBuilder(shape.config, plan.groups, device)
-            runner = ModelRunner(shape.model, arena, builder, Sampler(tuple(shape.config.eos_token_ids)))
+            arena = CacheArena(plan, torch.device("cpu"))
+            builder, sampler = BatchBuilder(shape.config, plan.groups), Sampler(tuple(shape.config.eos_token_ids))
+            runner = ModelRunner(RepeatedModel(shape.model, arena, None), arena, builder, sampler)
             mover = Transfers(BlockPacker(arena), tiers) if tiers else None
         self.tiering = Tiering(self.coordinator, tiers, mover)
         scheduler = Scheduler(self.tiering, SchedulerLimits(1, STEP_TOKENS), lambda _: EVERYBODY)

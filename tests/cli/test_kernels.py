@@ -68,6 +68,7 @@ def test_without_a_library_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -
         raise LibraryMissing("the compiler was on holiday")
 
     monkeypatch.setattr(backends, "load_library", missing)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     text = command("list")
     assert "cpu-plain\tno\tthe compiler was on holiday" in text
     assert "the compiler was on holiday" in command("verify", "--kernels", "plain", code=2)
@@ -108,7 +109,8 @@ def test_wrong_choices_are_told() -> None:
     assert "No such file" in command("bench", "route", "--out", "/nowhere/at/all.jsonl", code=2)
 
 
-def test_verify_checks_every_usable_backend() -> None:
+def test_verify_checks_every_usable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # its interpreter takes minutes
     found = json.loads(command("verify", "linear", "round_kv", "--seed", "7", "--json"))["verdicts"]
     usable = [backend for backend in every_backend() if backend.kernels is not None]
     for op in ("linear", "round_kv"):

@@ -23,7 +23,7 @@ from thalweg.engine.engine import Engine
 from thalweg.engine.limits import EngineLimits
 from thalweg.engine.plan import StepPlan, StepResult
 from thalweg.engine.request import Sequence
-from thalweg.engine.runner import ModelRunner, Runner
+from thalweg.engine.runner import ModelRunner, Runner, steps_of
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
 from thalweg.engine.shadow import Shadow
@@ -36,6 +36,7 @@ from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.memory.packing import BlockPacker
 from thalweg.memory.tier import Tier
 from thalweg.memory.transfers import Transfers
+from thalweg.model.graphs import StepLimits
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.types import Event, GenerateRequest, PrefillProgress, SampledToken, SamplingParams, TokenEvent
@@ -86,9 +87,9 @@ class Models:
         numerics = Numerics.serving(torch.float32, shape.kv, shape.index, simulate=shape.simulate_quantization)
         kernels = select_kernels(device, deterministic=shape.deterministic, wanted=shape.kernels)
         model = Model(config, dict(self._weights[key]), numerics, kernels.kernels)
-        builder = BatchBuilder(config, groups, device)
         arena = CacheArena(plan, device)
-        return ModelRunner(model, arena, builder, sampler or Sampler((EOS,)), kernels.repeat), plan
+        steps = steps_of(model, arena, kernels, StepLimits(shape.max_running, 1 << 20))
+        return ModelRunner(steps, arena, BatchBuilder(config, groups), sampler or Sampler((EOS,))), plan
 
 
 class RecordingSampler(Sampler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -215,3 +216,20 @@ def test_what_is_expected_is_about_what_comes() -> None:
         expected = world.scheduler.expected_seconds(own.sequence)
         world.run(lambda own=own: bool(own.tokens))
         assert expected is not None and own.ttft / 2 <= expected <= 2 * own.ttft, others
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.5])
+def test_noise_of_a_busy_machine_keeps_no_prompt_out(spread: float) -> None:
+    """Steps that now and then take ten times as long, for reasons of their own: a prompt beside decodes has the time
+    that the promise leaves it, however uneven they are, and decodes keep their share."""
+    pace, noise = Pace(burst_tokens=2048), random.Random(0)
+    decode, token, alone, beside, computed = 1e-3, 1e-5, 0.0, 0.0, 0
+    pace.observe(0, 1024, 1024 * token)
+    for _ in range(4000):
+        tokens = pace.prompt_tokens(long=True)
+        tokens = 1024 if tokens is None else min(tokens, 1024)
+        took = (decode + tokens * token) * noise.lognormvariate(-(spread**2) / 2, spread)
+        pace.observe(1, tokens, took)
+        alone, beside, computed = alone + decode, beside + decode + tokens * token, computed + tokens
+    assert alone / beside > 0.5, "decodes are slowed down more than is promised"
+    assert computed * token > 0.25 * beside, "a prompt gets a quarter of the time at the least"

@@ -26,6 +26,7 @@ from thalweg.memory.arena import CacheArena
 from thalweg.memory.capacity import plan_cache
 from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.model.numerics import Numerics
+from thalweg.model.repeat import RepeatedModel
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate
 from thalweg.text.chat import ChatOptions, encode_chat
@@ -65,7 +66,8 @@ def runner_of(config: ModelConfig, shape: Shape, lossy: Lossy, eos: int) -> tupl
     weights = allocate(config, torch.float32, device)
     load_parameters(open_checkpoint(default_model()), weights)
     model = Model(config, weights, Numerics(), dataclasses.replace(reference_kernels(), index_topk=lossy))
-    return ModelRunner(model, CacheArena(plan, device), BatchBuilder(config, groups, device), Sampler((eos,))), plan
+    arena = CacheArena(plan, device)
+    return ModelRunner(RepeatedModel(model, arena, None), arena, BatchBuilder(config, groups), Sampler((eos,))), plan
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,11 @@ import torch
 from tests.engine.assembly import MODELS, RecordingSampler, Shape, engine_of, prompt_of, submit
 from tests.kernels.backends import COMPILED
 from tests.model.fields import FLASH_LIKE
+from thalweg.config.model_parse import parse_model_config
+from thalweg.engine.warmup import WarmUp
 from thalweg.kernels.ops import Repeat
 from thalweg.memory.layout import RowFormat
+from thalweg.model.graphs import StepLimits
 
 FLOAT32, BFLOAT16, FP8, FP4 = RowFormat.FLOAT32, RowFormat.BFLOAT16, RowFormat.FP8, RowFormat.FP4
 FORMATS = [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (FP8, FP4), (FP8, FP8)]
@@ -24,9 +27,9 @@ def logits(fields: dict[str, Any], shape: Shape, *, repeated: bool) -> tuple[dic
     """Of every output token of prompts that run together, and what repeated the steps."""
     sampler = RecordingSampler()
     runner, plan = MODELS.runner(fields, shape, sampler)
-    repeat: Repeat | None = runner._model._repeat
+    repeat: Repeat | None = runner.steps._repeat
     if not repeated:
-        runner._model._repeat = None
+        runner.steps._repeat = None
     engine = engine_of(fields, runner, plan, shape)
     outcomes = [
         submit(engine, str(i), prompt_of(i, length), max_tokens=OUTPUT - 20 * i) for i, length in enumerate(LENGTHS)
@@ -56,3 +59,22 @@ def test_bits_at_every_level(level: str) -> None:
     found, (repeat, steps) = logits(FLASH_LIKE, shape, repeated=True)
     assert repeat is not None and repeat.repeated > 0.6 * steps
     assert all(torch.equal(row, found[name][place]) for name, rows in expected.items() for place, row in rows.items())
+
+
+@pytest.mark.parametrize("level", LEVELS[-1:])
+def test_after_the_warm_up_small_decodes_have_nothing_to_note(level: str) -> None:
+    """Whatever entries a request completes, all of its decodes are repeated."""
+    shape = Shape(kernels=level, prefix_caching=False)
+    runner, plan = MODELS.runner(FLASH_LIKE, shape)
+    warm_up = WarmUp(parse_model_config(FLASH_LIKE), plan.groups, StepLimits(8, 1 << 14))
+    steps = [step for step in warm_up.small_decodes(2) for _ in range(2)]
+    for step in steps:
+        runner.run(step)
+    repeat = runner.steps._repeat
+    noted, before = set(repeat._noted), repeat.repeated
+    assert len(noted) == 3 + 4, "one completes no entry, one, or one of each kind; two of them also two"
+    engine = engine_of(FLASH_LIKE, runner, plan, shape)
+    alone = submit(engine, "alone", prompt_of(1, 40), max_tokens=100)
+    assert alone.done.wait(60)
+    assert set(repeat._noted) - noted == set() and repeat.repeated - before == 99
+    engine.close()

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.model.test_no_waits import aside
 from thalweg.engine.request import Sequence
 from thalweg.engine.sampler import Sampler
+from thalweg.kernels.reference.sampling import sample
 from thalweg.types import GenerateRequest, SamplingParams
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, 3.0])
@@ -99,3 +102,42 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert sampled.logprob == pytest.approx(float(raw[0]), abs=1e-6)
     assert [t.token for t in sampled.top] == [5, 0]
     assert sampled.top[0].logprob == pytest.approx(float(raw[5]), abs=1e-6)
+
+
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0}, {"temperature": 1.3}, {"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.3}, {"logprobs": 1},
+    {"temperature": 0.6, "top_k": 4, "top_p": 0.9, "min_p": 0.05}, {"presence_penalty": 1.5}, {"min_tokens": 5},
+    {"logit_bias": ((3, 4.0),)}, {"repetition_penalty": 1.7}, {"temperature": 0.0, "logprobs": 0},
+]  # fmt: skip
+
+
+def test_rows_drawn_together_and_alone_give_one_token() -> None:
+    """Plain rows, and rows with something of their own between them, in any company."""
+    logits = torch.randn(len(MIXED), 40, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    sampler = Sampler((1,))
+    sequences = [sequence_of([3, 5], **params) for params in MIXED]
+    for first in range(len(MIXED)):
+        seeds = list(range(first, len(MIXED)))
+        together = sampler.sample(logits[first:], sequences[first:], seeds)
+        alone = [sampler.sample(logits[s : s + 1], [sequences[s]], [s])[0] for s in seeds]
+        assert together == alone
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers of its tensors that Python asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_plain_rows_ask_for_no_number_of_their_own(temperature: float) -> None:
+    """Their tokens come as one list, which is no such question; how an op draws them is not looked into."""
+    sequences = [sequence_of(temperature=temperature, top_p=0.9, top_k=20) for _ in range(8)]
+    with Waits() as waits:
+        Sampler((1,), aside(sample)).sample(torch.randn(8, 40), sequences, list(range(8)))
+    assert waits.count == 0

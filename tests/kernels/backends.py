@@ -10,7 +10,7 @@ import pytest
 from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.registry import cpu_kernels, deterministic_kernels, reference_kernels
-from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
+from thalweg.kernels.triton.backend import TritonMissing, interpreting, triton_kernels
 
 
 def _compiled() -> dict[str, Callable[[], Kernels]]:
@@ -41,8 +41,20 @@ def every_backend() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kernels", [make() for make in BACKENDS.values()], ids=list(BACKENDS))
 
 
+def every_quick_backend() -> pytest.MarkDecorator:
+    """Those whose calls take microseconds, for tests that make thousands of them."""
+    quick = {name: make() for name, make in BACKENDS.items() if not interpreted(make())}
+    return pytest.mark.parametrize("kernels", list(quick.values()), ids=list(quick))
+
+
 def every_exact_backend() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kernels", [make() for make in EXACT.values()], ids=list(EXACT))
 
 
-__all__ = ["Kernels", "every_backend", "every_exact_backend"]
+def interpreted(kernels: Kernels) -> bool:
+    """Whether these are Triton's, run by its interpreter: a thousand times as slow as the others, so that their share
+    of a test is that of few rows and short contexts."""
+    return interpreting() and kernels.rms_norm.__module__.startswith("thalweg.kernels.triton")
+
+
+__all__ = ["Kernels", "every_backend", "every_exact_backend", "every_quick_backend", "interpreted"]

@@ -68,13 +68,18 @@ def test_operations_of_torch_between_kernels(library: Library, name: str) -> Non
     assert repeat.repeated == 1
 
 
-def test_rows_written_to_a_pool(library: Library) -> None:
+def test_rows_written_to_a_pool(library: Library, kernels: Kernels) -> None:
     pool, plain = torch.zeros(6, 12)[:, :4], torch.zeros(6, 4)
     repeat = Calls(library, [pool])
+
+    def store(x: Tensor, ids: Tensor) -> Tensor:
+        kernels.store_rows(plain_rows(pool), ids, x.chunk(2, -1)[1])
+        return pool
+
     for i in range(4):
         x, ids = torch.full((2, 8), float(i)) + torch.arange(8), torch.tensor([i, i + 2])
         with torch.inference_mode():
-            repeat.run(0, [x, ids], [], lambda x=x, ids=ids: pool.index_copy_(0, ids, x.chunk(2, -1)[1]))
+            repeat.run(0, [x, ids], [], lambda x=x, ids=ids: store(x, ids))
         plain.index_copy_(0, ids, x[:, 4:])
         assert torch.equal(pool, plain)
     assert repeat.repeated == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.backends import COMPILED, Kernels, every_backend
+from tests.kernels.backends import COMPILED, Kernels, every_backend, interpreted
 from tests.kernels.threads import ANY_THREADS, threads
 from thalweg.errors import ConfigError
 from thalweg.kernels import ops
@@ -100,6 +100,8 @@ def test_experts_of_any_size(
     kernels: Kernels, tokens: int, hidden: int, inner: int, count: int, k: int, narrow: bool
 ) -> None:
     """Nobody asks the last expert, whose weights are NaN; bfloat16 weights where the backend keeps them."""
+    if interpreted(kernels) and (narrow or tokens > 70):
+        pytest.skip("too long for the interpreter; test_quantised.py has bfloat16 weights")
     up, down = random(count + 1, 2 * inner, hidden, seed=1) / hidden**0.5, random(count + 1, hidden, inner, seed=2)
     up, down = up.bfloat16().float(), (down / inner**0.5).bfloat16().float()
     up[count], down[count] = float("nan"), float("nan")
@@ -150,7 +152,7 @@ def test_every_op_has_a_specification_and_a_choice() -> None:
     assert [choice.op for choice in fixed] == names
     same = {choice.op for choice in fixed if choice.backend == "reference"}
     own_rows = {"pack", "rms_norm", "rotate", "round_kv", "round_index", "round_index_fp8", "store_rows", "read_rows"}
-    assert same == own_rows and len({choice.reason for choice in fixed}) == 2
+    assert same == {*own_rows, "sample"} and len({choice.reason for choice in fixed}) == 2
     with pytest.raises(ConfigError, match=r"deterministic: .* cuda"):
         select_kernels(torch.device("cuda"), deterministic=True)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from thalweg.cache.geometry import StreamSpec, cache_groups
 from thalweg.config.model import ModelConfig
-from thalweg.kernels.arguments import Segments
+from thalweg.kernels.arguments import Ints, Segments
 from thalweg.memory.layout import CacheLayout, RowFormat
 from thalweg.model.inputs import BlockLists, CompressorInputs, RowWrites, StepInputs
 
@@ -72,7 +72,7 @@ class PagedSequences:
             output_rows=torch.tensor(chosen, dtype=torch.int64),
             output_segments=Segments(_sums(counts), tuple(e - n for e, n in zip(ends, counts, strict=True))),
             past_slots=torch.tensor(past, dtype=torch.int64),
-            past_offsets=tuple(past_offsets),
+            past_offsets=Ints(past_offsets),
             window_writes=RowWrites(torch.tensor(window[0]), torch.tensor(window[1])),
             blocks={n: self._lists(n, pieces) for n in ("csa", "index", "hca") if n in self._streams},
             csa=self._compressor(pieces, self.config.csa_ratio, "csa") if "csa" in self._streams else None,
@@ -86,7 +86,7 @@ class PagedSequences:
             for s, start, ids in pieces
         ]
         flat = torch.tensor([block for blocks in used for block in blocks], dtype=torch.int64)
-        return BlockLists(flat, _sums([len(blocks) for blocks in used]), stream.rows_per_block)
+        return BlockLists(flat, Ints(_sums([len(blocks) for blocks in used])), stream.rows_per_block)
 
     def _compressor(self, pieces: list[tuple[int, int, list[int]]], m: int, kind: str) -> CompressorInputs:
         names = ("csa", "index") if kind == "csa" else ("hca",)

@@ -25,7 +25,7 @@ def test_builders_agree(fields: dict, steps: list[int]) -> None:
     config = parse_model_config(fields)
     groups = cache_groups(config)
     coordinator = Coordinator(groups, dict.fromkeys((s.group for s in groups), 400), CheckpointPolicy(128, 0))
-    builder = BatchBuilder(config, groups, torch.device("cpu"))
+    builder = BatchBuilder(config, groups)
     total = sum(steps)
     runs = []
     for s in range(2):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from thalweg.checkpoint.formats import FP4_GROUP, FP8_BLOCK, dequantize_fp4, dequantize_fp8
-from thalweg.checkpoint.parameters import Parameter, Piece, Storage, parameters
+from thalweg.checkpoint.parameters import SCALES, Parameter, Piece, Storage, parameters
 from thalweg.checkpoint.reader import Checkpoint, CheckpointLayout, TensorEntry
 from thalweg.errors import CheckpointError, nearest
 
@@ -46,7 +46,8 @@ def load_parameters(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
-    """Fill `destination` (engine name -> tensor of the parameter's shape) in place.
+    """Fill `destination` (engine name -> tensor of the parameter's shape) in place. What is kept in its own bytes has
+    its scales there too, under its name and SCALES.
 
     progress(done, total) counts weight tensors. Raises CheckpointError naming missing, surplus or misshapen tensors
     before anything is read, and expert ids (tid2eid) out of range when they are.
@@ -65,11 +66,31 @@ def load_parameters(
     return LoadReport(done, len(parameters(checkpoint.config)), read, skipped)
 
 
-def bfloat16_parameters(checkpoint: Checkpoint) -> frozenset[str]:
-    """Names of the parameters that bfloat16 holds exactly: stored so, or as FP8 or FP4 under power-of-two scales."""
-    sources, _ = _resolve(checkpoint)
-    wide = {s.parameter.name for s in sources.values() if s.entry.dtype != "BF16" and s.scale is None}
-    return frozenset(s.parameter.name for s in sources.values()) - wide
+def kept_forms(checkpoint: Checkpoint, forms: frozenset[torch.dtype]) -> dict[str, torch.dtype]:
+    """Which of `forms` a parameter can be kept in, by its name: its own, or bfloat16, which holds FP8 and FP4 under
+    power-of-two scales exactly. float8_e4m3fn stands for FP8 with scales, uint8 for pairs of FP4 with scales."""
+    stored: dict[str, set[torch.dtype | None]] = {}
+    for source in _resolve(checkpoint)[0].values():
+        stored.setdefault(source.parameter.name, set()).add(_stored_form(source))
+    narrow = {name: own for name, own in stored.items() if None not in own}
+    return {
+        name: form
+        for name, own in narrow.items()
+        if (form := own.pop() if len(own) == 1 and own <= forms else torch.bfloat16) in forms and form is not None
+    }
+
+
+def _stored_form(source: _Source) -> torch.dtype | None:
+    """The form that has this tensor's bytes, bfloat16 if its blocks do not fit the parameter; None: wider ones."""
+    if source.scale is None:
+        return torch.bfloat16 if source.entry.dtype == "BF16" else None
+    parameter = source.parameter
+    if len(source.piece.shape) > 2:
+        return torch.bfloat16
+    if source.entry.dtype != _FP8:
+        return torch.uint8
+    whole = parameter.groups == 1 or parameter.shape[-2] // parameter.groups % FP8_BLOCK == 0
+    return torch.float8_e4m3fn if whole else torch.bfloat16
 
 
 def _load_shard(
@@ -82,7 +103,7 @@ def _load_shard(
             if source.parameter.storage is Storage.INT64:
                 _check_expert_ids(source.piece.name, weight, checkpoint.config.num_experts)
             scale = None if source.scale is None else _scale(checkpoint, source.scale, shard, file)
-            _fill(destination[source.parameter.name], source, weight, scale)
+            _fill(destination, source, weight, scale)
             yield weight.numel() * weight.element_size()
 
 
@@ -186,12 +207,23 @@ def _scale(checkpoint: Checkpoint, name: str, shard: str, file: safe_open) -> Te
         return _tensor(elsewhere, name)
 
 
-def _fill(target: Tensor, source: _Source, weight: Tensor, scale: Tensor | None) -> None:
-    """Dequantise if needed and copy into the parameter, or into its part for one expert."""
-    if scale is not None:
-        fp8 = weight.dtype == torch.float8_e4m3fn
-        weight = dequantize_fp8(weight, scale) if fp8 else dequantize_fp4(weight, scale)
-    piece = source.piece
-    if piece.expert is not None:
-        target = target[piece.expert, piece.first_row : piece.first_row + piece.shape[0]]
-    target.copy_(weight)
+def _fill(destination: Mapping[str, Tensor], source: _Source, weight: Tensor, scale: Tensor | None) -> None:
+    """Copy into the parameter, or into its part for one expert; dequantised unless it is kept in its own bytes."""
+    name, piece = source.parameter.name, source.piece
+    target = destination[name]
+    if scale is None:
+        _part(target, piece).copy_(weight)
+        return
+    fp8 = weight.dtype == torch.float8_e4m3fn
+    if target.dtype is (torch.float8_e4m3fn if fp8 else torch.uint8):
+        _part(target, piece).copy_(weight.view(target.dtype))
+        _part(destination[name + SCALES], piece, FP8_BLOCK if fp8 else 1).copy_(scale.view(torch.uint8))
+        return
+    _part(target, piece).copy_(dequantize_fp8(weight, scale) if fp8 else dequantize_fp4(weight, scale))
+
+
+def _part(target: Tensor, piece: Piece, rows: int = 1) -> Tensor:
+    """Where a piece goes, in a tensor that has one row for every so many of the parameter's."""
+    if piece.expert is None:
+        return target
+    return target[piece.expert, piece.first_row // rows : -(-(piece.first_row + piece.shape[0]) // rows)]

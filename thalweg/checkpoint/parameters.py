@@ -8,10 +8,12 @@ is filled from one or more checkpoint tensors (`Piece`s) in either the official 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from thalweg.config.model import LayerKind, ModelConfig
+
+SCALES = ".scales"  # after a parameter's name: its scales, where the engine keeps it quantised
 
 
 class Precision(StrEnum):
@@ -44,7 +46,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One engine parameter. `transformers` is empty where that layout has no such tensor (MTP)."""
+    """One engine parameter. `transformers` is empty where that layout has no such tensor (MTP). Its rows are multiplied
+    in `groups` equal parts: blocks of FP8 scales that lie across two of them cannot be kept."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,6 +55,7 @@ class Parameter:
     storage: Storage
     official: tuple[Piece, ...]
     transformers: tuple[Piece, ...]
+    groups: int = 1
 
     @property
     def elements(self) -> int:
@@ -182,7 +186,8 @@ def _attention(prefix: str, config: ModelConfig, kind: LayerKind) -> Iterator[Pa
     yield _plain(prefix + "kv_norm.weight", (dim,))
     yield _float32(prefix + "attn_sink", (heads,))
     low = config.o_groups * config.o_lora_rank
-    yield _plain(prefix + "wo_a.weight", (low, heads * dim // config.o_groups), storage=matrix)
+    wo_a = _plain(prefix + "wo_a.weight", (low, heads * dim // config.o_groups), storage=matrix)
+    yield replace(wo_a, groups=config.o_groups)
     yield _plain(prefix + "wo_b.weight", (hidden, low), storage=matrix)
     if kind is LayerKind.HCA:
         yield from _compressor(prefix + "compressor.", hidden, dim, dim, config.hca_ratio)
@@ -213,7 +218,7 @@ def _ffn(prefix: str, config: ModelConfig, *, hashed: bool) -> Iterator[Paramete
         yield _plain(f"{prefix}shared_experts.{name}.weight", shape, storage=Storage.MATRIX)
     up = [(f"{prefix}experts.{e}.{w}.weight", e, i * inner) for e in range(experts) for i, w in enumerate(("w1", "w3"))]
     down = [(f"{prefix}experts.{e}.w2.weight", e, 0) for e in range(experts)]
-    yield _stacked(prefix + "experts.gate_up", (experts, 2 * inner, hidden), (inner, hidden), up)
+    yield replace(_stacked(prefix + "experts.gate_up", (experts, 2 * inner, hidden), (inner, hidden), up), groups=2)
     yield _stacked(prefix + "experts.down", (experts, hidden, inner), (hidden, inner), down)
 
 

@@ -44,11 +44,11 @@ def generate(
     """Run a model on one prompt and stream the answer."""
     text = _prompt(prompt, file)
     options = flags.options_from(locals())
-    from thalweg.cli.progress import weights_progress
+    from thalweg.cli.progress import start_progress
     from thalweg.engine.runtime import build_runtime
     from thalweg.types import SamplingParams
 
-    with weights_progress() as progress:
+    with start_progress() as progress:
         runtime = build_runtime(options, progress)
     runtime.engine.start()
     try:

@@ -80,11 +80,8 @@ def run(
         from thalweg.cli.plan_page import page
 
         _written(html, lambda path: path.write_text(page(advice, scores, comparisons), encoding="utf-8"))
-    if out_config is not None and advice.best is not None:
-        from thalweg.planner.recommendation import config_text
-
-        text = config_text(advice, advice.best)
-        _written(out_config, lambda path: path.write_text(text, encoding="utf-8"))
+    if out_config is not None:
+        _written(out_config, lambda path: _write_config(path, advice))
     if as_json:
         print(json.dumps(plain(advice, scores), indent=2))
     else:
@@ -163,6 +160,14 @@ def row_of(rank: int, verdict: Verdict) -> dict[str, Any]:
         verdict.origins[Origin.EXTRAPOLATED], verdict.origins[Origin.BOUND],
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def _write_config(path: Path, advice: Advice) -> None:
+    from thalweg.planner.recommendation import config_text
+
+    if advice.best is None:
+        raise ConfigError("out_config: nothing serves this load, so there are no options to write", param="out_config")
+    path.write_text(config_text(advice, advice.best), encoding="utf-8")
 
 
 def _write_csv(path: Path, advice: Advice) -> None:

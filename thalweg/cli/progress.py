@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 
@@ -26,11 +26,17 @@ def bar() -> Progress:
 
 
 @contextmanager
-def weights_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar for loading weights."""
+def start_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each thing that starting takes: it is called with what, done and total."""
     with bar() as progress:
-        task = progress.add_task("loading weights")
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield show
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

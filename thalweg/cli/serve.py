@@ -82,10 +82,10 @@ def serve(
 
     keys = load_keys(api_key, api_keys_file)
     listener = _listen(host, port)
-    from thalweg.cli.progress import weights_progress
+    from thalweg.cli.progress import start_progress
     from thalweg.engine.runtime import build_runtime
 
-    with weights_progress() as progress:
+    with start_progress() as progress:
         runtime = build_runtime(options, progress)
     _print_report(runtime)
     if enable_log_requests:

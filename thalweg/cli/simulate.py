@@ -14,7 +14,6 @@ from thalweg.config.options import parse_bytes
 from thalweg.errors import ConfigError
 
 if TYPE_CHECKING:
-    from thalweg.planner.outcome import SimulationResult
     from thalweg.planner.scenario import Scenario
 
 
@@ -71,13 +70,10 @@ def simulate(
         max_num_batched_tokens, window_policy, checkpoint_interval, enable_prefix_caching,
         max_queue_seconds=max_queue_seconds, drafts=drafts, accepted=accepted,
     )  # fmt: skip
-    result, took = _run(scenario)
-    facts = {**result.summary(), "simulated_in_seconds": took}
-    text = json.dumps(facts, indent=2)
-    _written(out, lambda path: path.write_text(text + "\n"))
-    _written(csv, result.requests.write_csv)
+    facts = _run(scenario, csv)
+    _written(out, lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
     if as_json:
-        print(text)
+        print(json.dumps(facts, indent=2))
     else:
         _print(facts)
 
@@ -90,7 +86,7 @@ def _written(path: Path | None, write: Callable[[Path], object]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", param="out") from error
 
 
-def _run(scenario: Scenario) -> tuple[SimulationResult, float]:
+def _run(scenario: Scenario, rows: Path | None) -> dict[str, Any]:
     from thalweg.cli.progress import bar
     from thalweg.planner.scenario import sessions_of, simulation_of
 
@@ -101,7 +97,9 @@ def _run(scenario: Scenario) -> tuple[SimulationResult, float]:
     with bar() as progress:
         task = progress.add_task("requests", total=total)
         result = simulation.run(sessions, lambda done: progress.update(task, completed=done))
-    return result, time.perf_counter() - began
+    took = time.perf_counter() - began
+    _written(rows, result.requests.write_csv)
+    return {**result.summary(), "simulated_in_seconds": took}
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -34,18 +34,16 @@ class _Numbers:
         self._values.extend(values)
         self._sizes.append(len(self._values) - before)
 
-    def tensors(self, device: torch.device) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
         """int64, views of one tensor."""
-        whole = torch.from_numpy(np.array(self._values, np.int64)).to(device)
-        return iter(whole.split(self._sizes))
+        return iter(torch.from_numpy(np.array(self._values, np.int64)).split(self._sizes))
 
 
 class BatchBuilder:
-    """Builds StepInputs for one model and device."""
+    """Builds StepInputs for one model, in the host's memory."""
 
-    def __init__(self, config: ModelConfig, groups: SequenceOf[CacheGroupSpec], device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, groups: SequenceOf[CacheGroupSpec]) -> None:
         self._config = config
-        self._device = device
         self._streams = {s.name: (spec, s) for spec in groups for s in spec.streams}
         self._ratios = {"csa": config.csa_ratio, "hca": config.hca_ratio}
         self._kinds = [kind for kind in ("csa", "hca") if kind in self._streams]
@@ -63,7 +61,7 @@ class BatchBuilder:
         self._put_writes(numbers, "window", items, offsets, [item.start for item in items])
         for kind in self._kinds:
             self._put_compressor(numbers, kind, items, offsets)
-        tensors = numbers.tensors(self._device)
+        tensors = numbers.tensors()
         return StepInputs(
             token_ids=next(tensors),
             positions=next(tensors),
@@ -86,9 +84,7 @@ class BatchBuilder:
         spec, stream = self._streams[name]
         lists = [i.running.cache.growing[spec.group].ids(-(-i.end // spec.tokens_per_block)) for i in items]
         ids = lists[0] if len(lists) == 1 else np.concatenate(lists)
-        return BlockLists(
-            torch.from_numpy(ids).to(self._device), Ints.offsets(len(x) for x in lists), stream.rows_per_block
-        )
+        return BlockLists(torch.from_numpy(ids), Ints.offsets(len(x) for x in lists), stream.rows_per_block)
 
     def _slots(self, name: str, item: SequencePlan, start: int, end: int) -> list[int]:
         """Slots of the rows of a stream that hold the tokens [start, end), `start` the first of its row; -1 where the

@@ -37,8 +37,10 @@ class Pace:
             place = depth.bit_length()
             self._by_depth[place] = _averaged(self._by_depth.get(place), prompt_seconds / prompt_tokens)
         if decodes:
-            earned = (1 - self._share) * seconds - prompt_seconds
-            self._credit = min(self._full, max(-self._full, self._credit + earned))
+            # What a step of decodes alone takes beyond the others is the machine's doing: no prompt had that time.
+            earned = (1 - self._share) * (seconds if prompt_tokens else decode_seconds)
+            taken = prompt_seconds if prompt_tokens else 0.0
+            self._credit = min(self._full, max(-self._full, self._credit + earned - taken))
         else:
             self._credit = self._full  # nobody was kept waiting
 
@@ -47,8 +49,7 @@ class Pace:
         decode, credit, full, kept = self._decode_seconds, self._credit, self._full, 1 - self._share
         for took in seconds:
             decode = took if decode is None else decode + _NEWEST * (took - decode)
-            over = took - decode if decode < took else 0.0
-            credit = min(full, max(-full, credit + (kept * took - over)))
+            credit = min(full, max(-full, credit + kept * (took if took < decode else decode)))
         self._decode_seconds, self._credit = decode, credit
 
     def prompt_tokens(self, *, long: bool) -> int | None:

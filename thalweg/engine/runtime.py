@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -17,21 +21,24 @@ from thalweg.cache.coordinator import Coordinator
 from thalweg.cache.geometry import CacheGroupSpec, cache_groups
 from thalweg.cache.policy import CheckpointPolicy, policy_of
 from thalweg.cache.prefix_index import Namespace
-from thalweg.checkpoint.loader import bfloat16_parameters, load_parameters
+from thalweg.checkpoint.loader import kept_forms, load_parameters
 from thalweg.checkpoint.parameters import parameters
 from thalweg.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from thalweg.config.model import LayerKind, ModelConfig
 from thalweg.config.model_parse import default_model
 from thalweg.config.options import EngineOptions
 from thalweg.engine.batch import BatchBuilder
+from thalweg.engine.budget import MemoryFacts, cache_budget, workspace_bytes
 from thalweg.engine.engine import Engine
 from thalweg.engine.limits import EngineLimits
+from thalweg.engine.plan import StepPlan
 from thalweg.engine.request import Sequence
-from thalweg.engine.runner import ModelRunner
+from thalweg.engine.runner import ModelRunner, steps_of
 from thalweg.engine.sampler import Sampler
 from thalweg.engine.scheduler import Scheduler, SchedulerLimits
 from thalweg.engine.shadow import Shadow
 from thalweg.engine.tiering import DISK, HOST, Tiering
+from thalweg.engine.warmup import WarmUp
 from thalweg.errors import ConfigError
 from thalweg.kernels.deterministic.linear import varying_shapes
 from thalweg.kernels.registry import KernelSet, select_kernels
@@ -43,6 +50,7 @@ from thalweg.memory.layout import LAYOUT_VERSION, CacheLayout, RowFormat
 from thalweg.memory.packing import BlockPacker
 from thalweg.memory.tier import Tier
 from thalweg.memory.transfers import Transfers
+from thalweg.model.graphs import StepLimits
 from thalweg.model.numerics import Numerics
 from thalweg.model.transformer import Model
 from thalweg.model.weights import allocate, weight_bytes
@@ -50,9 +58,11 @@ from thalweg.text.tokenizer import Tokenizer
 from thalweg.types import GenerateRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_DEFAULT_CACHE_BYTES = 4 * 2**30
-_DEFAULT_CACHE_SHARE = 0.25  # of the memory that is available at start-up
+_SMALL_DECODES = 4  # sequences; what a step of more needs once is little beside its work
+_WARM_UP_SECONDS = 1.0  # on a CPU: steps of a model that takes longer gain little
 _FLOAT32_SHARE = 0.25  # weights are widened to fp32 on a CPU while they take no more of the memory than this
+Progress = Callable[[str, int, int], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +96,8 @@ def model_directory(model: str) -> Path:
     return default_model() if model == "default" else Path(model)
 
 
-def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] | None = None) -> Runtime:
-    """Load the model and lay out the caches. progress(done, total) counts weight tensors.
+def build_runtime(options: EngineOptions, progress: Progress = lambda what, done, total: None) -> Runtime:
+    """Load the model, lay out the caches and warm up. progress(what, done, total) counts weight tensors, then steps.
 
     Raises ConfigError or CheckpointError naming the option, file or tensor.
     """
@@ -98,20 +108,15 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = _device(options)
-    kernel_set = select_kernels(
-        device,
-        deterministic=options.deterministic,
-        compute=_DTYPES.get(options.dtype, torch.float32),
-        wanted=options.kernels,
-    )
-    numerics, choices = _numerics(options, config, device, narrow=kernel_set.narrow)
-    narrow = bfloat16_parameters(checkpoint) if kernel_set.narrow else frozenset()
-    budget, why = _cache_bytes(options, device, weight_bytes(config, numerics.compute, narrow))
-    groups, plan = _cache_plan(options, config, numerics, budget, choices)
-    choices.append(Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why))
+    compute = _DTYPES.get(options.dtype, torch.float32)
+    kernel_set = select_kernels(device, deterministic=options.deterministic, compute=compute, wanted=options.kernels)
+    numerics, choices = _numerics(options, config, device, narrow=torch.bfloat16 in kernel_set.forms)
+    kept = kept_forms(checkpoint, kernel_set.forms)
+    weights_size = weight_bytes(config, numerics.compute, kept)
+    groups, plan = _cache_plan(options, config, numerics, _memory(device), weights_size, choices)
     max_model_len = _max_model_len(options, config, plan, choices)
-    weights = allocate(config, numerics.compute, device, narrow)
-    _load(checkpoint, weights, progress)
+    weights = allocate(config, numerics.compute, device, kept)
+    _in_a_thread_that_ends(lambda: load_parameters(checkpoint, weights, progress=partial(progress, "loading weights")))
     if options.deterministic:
         choices.append(_checked_products(weights, kernel_set))
     model = Model(config, weights, numerics, kernel_set.kernels)
@@ -127,7 +132,10 @@ def build_runtime(options: EngineOptions, progress: Callable[[int, int], None] |
         return Scheduler(_tiering(coordinator, lower_tiers(), packer), limits, namespace)
 
     eos = tuple(dict.fromkeys((*config.eos_token_ids, tokenizer.eos_id)))
-    runner = ModelRunner(model, arena, BatchBuilder(config, groups, device), Sampler(eos), kernel_set.repeat)
+    step_limits = StepLimits(options.max_num_seqs, max_model_len)
+    steps = steps_of(model, arena, kernel_set, step_limits)
+    runner = ModelRunner(steps, arena, BatchBuilder(config, groups), Sampler(eos, kernel_set.kernels.sample))
+    choices.append(_warmed_up(runner, WarmUp(config, groups, step_limits), limits, kernel_set, progress))
     engine_limits = EngineLimits(
         max_model_len, plan.token_capacity, config.vocab_size, options.max_waiting, eos, options.max_queue_seconds
     )
@@ -196,19 +204,48 @@ def _tiering(coordinator: Coordinator, tiers: dict[str, Tier], packer: BlockPack
     return Tiering(coordinator, tiers, transfers)
 
 
-def _load(checkpoint: Checkpoint, weights: dict[str, Tensor], progress: Callable[[int, int], None] | None) -> None:
-    """Load in a thread that ends. A thread that has computed keeps OpenMP workers, and once there are more workers than
-    cores all of them sleep between operations: the engine's decode then takes twice the time."""
-    with ThreadPoolExecutor(1) as loader:
-        loader.submit(load_parameters, checkpoint, weights, progress=progress).result()
+def _in_a_thread_that_ends(work: Callable[[], Result]) -> Result:
+    """A thread that has computed keeps OpenMP workers, and once there are more workers than cores all of them sleep
+    between operations: the engine's decode then takes twice the time."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(work).result()
+
+
+def _warmed_up(
+    runner: ModelRunner, steps: WarmUp, limits: SchedulerLimits, kernel_set: KernelSet, progress: Progress
+) -> Choice:
+    """Run every step that would cost its first request something, where there are such steps."""
+    plans: list[StepPlan] = []
+    most_seconds = inf
+    if runner.arena.device.type != "cpu":
+        plans = [*steps.graphs(), *steps.prompts(limits.max_step_tokens)]
+    elif kernel_set.repeat is not None:
+        most_seconds = _WARM_UP_SECONDS
+        plans = [plan for plan in steps.small_decodes(_SMALL_DECODES) for _ in range(2)]  # the second is noted
+    begin = time.monotonic()
+
+    def run() -> int:
+        for number, plan in enumerate(plans):
+            progress("warming up", number, len(plans))
+            if time.monotonic() - begin > most_seconds:
+                return number
+            runner.run(plan)
+        return len(plans)
+
+    count = _in_a_thread_that_ends(run)
+    compilations = kernel_set.compilations
+    compilations.begin_serving()
+    if not count:
+        return Choice("warm-up", "none", "no step costs more once than again")
+    what = f"{compilations.warmed_up} kernels and graphs" if compilations.warmed_up else "the calls of small steps"
+    return Choice("warm-up", f"{count} steps, {time.monotonic() - begin:.1f} s", f"{what}: nobody waits for them")
 
 
 def _checked_products(weights: dict[str, Tensor], kernel_set: KernelSet) -> Choice:
     """Where deterministic mode rests on how this machine's library multiplies, try it on every shape of weights."""
     if all(choice.backend != "deterministic" for choice in kernel_set.choices if choice.op == "linear"):
         return Choice("deterministic", "on", "the compiled kernels compute every row by itself")
-    with ThreadPoolExecutor(1) as checker:  # a thread that ends, as in _load
-        varying = checker.submit(varying_shapes, weights.values()).result()
+    varying = _in_a_thread_that_ends(lambda: varying_shapes(weights.values()))
     if varying:
         raise ConfigError(
             f"deterministic: products with weights of the shape {varying[0]} depend on the batch on this machine",
@@ -245,11 +282,11 @@ def _device(options: EngineOptions) -> torch.device:
 def _numerics(
     options: EngineOptions, config: ModelConfig, device: torch.device, *, narrow: bool
 ) -> tuple[Numerics, list[Choice]]:
-    """Dtypes. `narrow`: the kernels compute in fp32 with weights that stay bfloat16."""
+    """Dtypes. `narrow`: under fp32 activations too the kernels multiply by weights that stay bfloat16."""
     compute, why = options.dtype, "as set"
     use_cuda = device.type == "cuda"
-    if compute == "auto" and narrow:
-        compute, why = "float32", "the compiled kernels' own; weights stay as narrow as the checkpoint has them"
+    if compute == "auto" and narrow and not use_cuda:
+        compute, why = "float32", "these kernels' own on a CPU; weights stay as narrow as the checkpoint has them"
     elif compute == "auto":
         wide = 4 * sum(p.elements for p in parameters(config))
         fits = wide <= _FLOAT32_SHARE * psutil.virtual_memory().total
@@ -294,28 +331,23 @@ def _formats(numerics: Numerics, groups: tuple[CacheGroupSpec, ...], layout: Cac
     ]
 
 
-def _cache_bytes(options: EngineOptions, device: torch.device, weights: int) -> tuple[int, str]:
-    """Of all pools together, and why. Raises ConfigError where the weights alone are more than the share allowed."""
-    if options.kv_cache_memory is not None:
-        return options.kv_cache_memory, "as set"
+def _memory(device: torch.device) -> MemoryFacts:
+    if device.type == "cuda":
+        return MemoryFacts(*torch.cuda.mem_get_info(device), gpu=True)
     memory = psutil.virtual_memory()
-    share = options.memory_utilization
-    if share is None:
-        budget = int(min(_DEFAULT_CACHE_BYTES, _DEFAULT_CACHE_SHARE * memory.available))
-        return budget, "the lesser of 4 GiB and a quarter of the free memory"
-    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory.total
-    budget = int(share * total) - weights
-    if budget <= 0:
-        raise ConfigError(
-            f"memory_utilization: the weights take {weights:,} bytes, more than {share:g} of {total:,}",
-            param="memory_utilization",
-        )
-    return budget, f"{share:g} of the memory, without {weights:,} bytes of weights"
+    return MemoryFacts(memory.available, memory.total, gpu=False)
 
 
 def _cache_plan(
-    options: EngineOptions, config: ModelConfig, numerics: Numerics, budget: int, choices: list[Choice]
+    options: EngineOptions,
+    config: ModelConfig,
+    numerics: Numerics,
+    memory: MemoryFacts,
+    weights_size: int,
+    choices: list[Choice],
 ) -> tuple[tuple[CacheGroupSpec, ...], CachePlan]:
+    workspace = workspace_bytes(config, options.max_num_batched_tokens, options.max_num_seqs)
+    budget, why = cache_budget(options, memory, weights_size, workspace)
     groups = cache_groups(config)
     layout = CacheLayout(numerics.kv, numerics.index, config.rope_dim)
     plan = plan_cache(
@@ -325,7 +357,7 @@ def _cache_plan(
         max_running=options.max_num_seqs,
         spacing_units=window_policy(options, config).spacing_units if options.enable_prefix_caching else 0,
     )
-    choices += _formats(numerics, groups, layout)
+    choices += [*_formats(numerics, groups, layout), Choice("kv cache memory", f"{plan.total_bytes:,} bytes", why)]
     return groups, plan
 
 

@@ -1,7 +1,8 @@
-"""From logits to tokens, one row at a time, so that a request's choice never depends on its neighbours.
+"""From logits to tokens. A request's choice never depends on its neighbours.
 
-Penalties and biases change logits, then the rules of the request's output mask them, then the truncations draw.
-Log-probabilities are those of the raw logits.
+Rows of which only a token is wanted are drawn together, and their tokens read from the device at once. The others are
+taken one at a time: penalties and biases change logits, then the rules of the request's output mask them, then the
+truncations draw. Log-probabilities are those of the raw logits.
 
 Randomness is a counter-based generator keyed by the request's seed and the output position: a request that was
 preempted, moved or batched differently draws the same numbers.
@@ -10,6 +11,7 @@ preempted, moved or batched differently draws the same numbers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from thalweg.engine.request import Sequence
 from thalweg.errors import EngineError, GrammarError, ThalwegError
+from thalweg.kernels.ops import Sample
+from thalweg.kernels.reference.sampling import sample
 from thalweg.types import AllowedTokens, SampledToken, SamplingParams, TokenLogprob
 
 _log = logging.getLogger("thalweg.engine")
@@ -25,13 +29,45 @@ _log = logging.getLogger("thalweg.engine")
 class Sampler:
     """Chooses the next token of each sequence. `eos_token_ids` are masked while min_tokens is not reached."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...], kernel: Sample = sample) -> None:
         self._eos = eos_token_ids
+        self._kernel = kernel
 
     def sample(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[SampledToken | ThalwegError]:
         """logits fp32 [O, vocab], one row per sequence; seeds one 64-bit number per sequence. For a sequence whose
         rules leave no token, or whose rules or parameters fail, that error."""
-        return [self._one(row, s, seed) for row, s, seed in zip(logits, sequences, seeds, strict=True)]
+        plain = [row for row, sequence in enumerate(sequences) if self._is_plain(sequence)]
+        tokens = dict(zip(plain, self._together(logits, plain, sequences, seeds), strict=True))
+        return [
+            SampledToken(tokens[row]) if row in tokens else self._one(logits[row], sequence, seed)
+            for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True))
+        ]
+
+    def _is_plain(self, sequence: Sequence) -> bool:
+        """Whether the logits alone decide, and nothing but the token is asked for."""
+        params = sequence.request.sampling
+        changed = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        held = sequence.output_tokens < params.min_tokens
+        return not (sequence.rules or params.logprobs is not None or changed or params.logit_bias or held)
+
+    def _together(self, logits: Tensor, rows: list[int], sequences: list[Sequence], seeds: list[int]) -> list[int]:
+        """Tokens of these rows, with one wait for the device."""
+        if not rows:
+            return []
+        if len(rows) < len(sequences):
+            logits = logits.index_select(0, _sent(rows, torch.int64, logits.device))
+        return self._draw(logits, [sequences[row] for row in rows], [seeds[row] for row in rows])
+
+    def _draw(self, logits: Tensor, sequences: list[Sequence], seeds: list[int]) -> list[int]:
+        """A token for each row of logits [n, vocab]. Waits for the device once."""
+        asked = [sequence.request.sampling for sequence in sequences]
+        if all(params.temperature == 0 for params in asked):
+            return list(map(int, logits.argmax(-1).tolist()))
+        controls = [
+            (params.temperature, params.top_k, params.top_p, params.min_p, _uniform(seed, sequence.output_tokens))
+            for params, sequence, seed in zip(asked, sequences, seeds, strict=True)
+        ]
+        return list(map(int, self._kernel(logits, _sent(controls, torch.float64, logits.device)).tolist()))
 
     def _one(self, raw: Tensor, sequence: Sequence, seed: int) -> SampledToken | ThalwegError:
         try:
@@ -48,10 +84,7 @@ class Sampler:
         if allowed is not None and allowed.forced is not None:
             return _with_logprobs(raw, allowed.forced, params.logprobs)
         logits = self._masked(_adjusted(raw, sequence, params), sequence, allowed)
-        if params.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            token = _draw(logits, params, _uniform(seed, sequence.output_tokens))
+        token = self._draw(logits[None], [sequence], [seed])[0]
         return _with_logprobs(raw, token, params.logprobs)
 
     def _masked(self, logits: Tensor, sequence: Sequence, allowed: AllowedTokens | None) -> Tensor:
@@ -119,21 +152,10 @@ def _uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).random())
 
 
-def _draw(logits: Tensor, params: SamplingParams, uniform: float) -> int:
-    """Inverse-CDF draw from the truncated distribution, most likely tokens first (ties: lowest id first)."""
-    scaled = logits.double() / params.temperature
-    probabilities, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
-    if params.top_k > 0:
-        keep[params.top_k :] = False
-    if params.top_p < 1.0:
-        keep &= probabilities.cumsum(-1) - probabilities < params.top_p
-    if params.min_p > 0.0:
-        keep &= probabilities >= params.min_p * probabilities[0]
-    keep[0] = True
-    weights = torch.where(keep, probabilities, torch.zeros_like(probabilities)).cumsum(-1)
-    place = int(torch.searchsorted(weights, uniform * weights[-1], right=True))
-    return int(order[min(place, int(keep.nonzero()[-1]))])
+def _sent(values: SequenceOf[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a device, without a wait for it."""
+    here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def _with_logprobs(raw: Tensor, token: int, wanted: int | None) -> SampledToken:

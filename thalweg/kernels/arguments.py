@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
@@ -13,9 +13,10 @@ from torch import Tensor
 
 
 class Ints(tuple[int, ...]):
-    """Whole numbers that Python loops over and compiled kernels read, as int64 at `address` of the host's memory."""
+    """Whole numbers that Python loops over and compiled kernels read, as int64 at `address`: in the host's memory,
+    unless they are held by a tensor of another device."""
 
-    memory: array[int]
+    memory: array[int] | Tensor
     address: int
     copies: dict[torch.device, Tensor]
 
@@ -24,16 +25,25 @@ class Ints(tuple[int, ...]):
         if type(values) is cls:
             return values
         made = super().__new__(cls, values)
-        made.memory = array("q", made)
-        made.address = made.memory.buffer_info()[0]
+        memory = array("q", made)
+        made.memory, made.address = memory, memory.buffer_info()[0]
         made.copies = {}
+        return made
+
+    @classmethod
+    def held(cls, numbers: Tensor, bounds: Iterable[int]) -> Ints:
+        """Numbers that change where they lie, in an int64 tensor: kernels read them there, and Python knows no more
+        than what they never exceed."""
+        made = cls(bounds)
+        made.memory, made.address = numbers, numbers.data_ptr()
+        made.copies = {numbers.device: numbers}
         return made
 
     def on(self, device: torch.device) -> Tensor:
         """int64 on a device. Copied once, however many layers ask."""
         if device not in self.copies:
-            values = torch.frombuffer(self.memory, dtype=torch.int64) if self else torch.empty(0, dtype=torch.int64)
-            self.copies[device] = values.to(device, non_blocking=True)
+            host = torch.frombuffer(self.memory, dtype=torch.int64) if self else torch.empty(0, dtype=torch.int64)
+            self.copies[device] = host.to(device, non_blocking=True)
         return self.copies[device]
 
     @classmethod
@@ -57,14 +67,52 @@ class Segments:
         return len(self.starts)
 
 
+FP8_BLOCK = 128  # rows and columns under one scale
+FP4_GROUP = 32  # columns of a row under one scale
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix [N, K], or several [G, N, K], in the bytes of a checkpoint (model-spec 5). FP8: `data` e4m3 [..., N, K],
+    `scales` uint8 [..., ceil(N/128), ceil(K/128)]. FP4: `data` uint8 [..., N, K/2], two e2m1 to a byte, the even column
+    in its low half, `scales` uint8 [..., N, K/32]. A scale is 2^(byte - 127)."""
+
+    data: Tensor
+    scales: Tensor
+
+    @property
+    def outputs(self) -> int:
+        return self.data.shape[-2]
+
+    @property
+    def width(self) -> int:
+        return self.data.shape[-1] * (2 if self.data.dtype is torch.uint8 else 1)
+
+    def unflatten(self, dim: int, sizes: tuple[int, int]) -> Quantised:
+        """As a tensor's: rows in groups, which in FP8 are whole blocks."""
+        return Quantised(self.data.unflatten(dim, sizes), self.scales.unflatten(dim, sizes))
+
+
+Matrix = Tensor | Quantised
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """Matrices of one form, one after another along the first axis: in FP8 all but the last are whole blocks."""
+    data = torch.cat([part if isinstance(part, Tensor) else part.data for part in parts])
+    scales = [part.scales for part in parts if isinstance(part, Quantised)]
+    return Quantised(data, torch.cat(scales)) if scales else data
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A matrix [outputs, width], or several of them one after another [groups, outputs, width], as Kernels.pack made
-    it: `data` is in the form that its backend alone reads. Every other op that takes one names its logical shape."""
+    it: `data` and `scales` are in the form that its backend alone reads. Every other op that takes one names its
+    logical shape."""
 
     data: Tensor
     outputs: int
     width: int
+    scales: Tensor | None = None
 
 
 class Packing(StrEnum):
@@ -85,6 +133,15 @@ class StoredRows:
     packing: Packing
     width: int
     rope_dim: int = 0
+
+
+class RowRounding(StrEnum):
+    """To which values rows are rounded before they are stored, in whatever format."""
+
+    NONE = "none"
+    KV = "kv"  # as ops.RoundKv
+    INDEX = "index"  # as ops.RoundIndex, rotation included
+    INDEX_FP8 = "index_fp8"  # as ops.RoundIndexFp8
 
 
 def plain_rows(data: Tensor) -> StoredRows:
@@ -131,3 +188,35 @@ class AttentionContext:
     entries: PagedRows | None
     ratio: int
     window: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of tokens as if they lay one after another: those in `slots` (int64) of a plain cache stream, then `new`."""
+
+    cached: Tensor
+    slots: Tensor
+    new: Tensor
+
+    def joined(self) -> Tensor:
+        return torch.cat([self.cached[self.slots], self.new])
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The tokens that each of E entries pools: own int64 [E, m] of `rows` and, where windows overlap, previous [E, m]
+    of `rows_before` (-1: none). Rows are fp32 [tokens, 2*dim], value then gate."""
+
+    rows: TokenRows
+    own: Tensor
+    rows_before: TokenRows | None = None
+    previous: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryTarget:
+    """Where entries go, slots int64 [E] (below 0: nowhere), and to which values they are rounded on the way."""
+
+    stored: StoredRows
+    slots: Tensor
+    rounding: RowRounding

@@ -30,7 +30,7 @@ class Floor:
     term: str
 
 
-def floor(spec: OpSpec, sizes: Mapping[str, int], limits: Limits, multiplied: str = "bf16") -> Floor:
+def floor(spec: OpSpec, sizes: Mapping[str, float], limits: Limits, multiplied: str = "bf16") -> Floor:
     """The largest of four: bytes, products of `multiplied` numbers, all other arithmetic, one launch."""
     products = spec.products(sizes)
     terms = {

@@ -2,7 +2,7 @@
 
 T tokens in a flat ragged batch, Q of them with queries, D hidden, N residual streams, H heads of d elements (the last r
 rotated), E compressed entries, k selected entries, m tokens per entry.
-All ops but store_rows and rotate are pure: they return new tensors.
+All ops but store_rows, insert_entries, rotate and rotate_to are pure: they return new tensors.
 """
 
 from __future__ import annotations
@@ -11,15 +11,29 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from thalweg.kernels.arguments import AttentionContext, Ints, PagedRows, Segments, StoredRows, Weight
+from thalweg.kernels.arguments import (
+    AttentionContext,
+    EntryTarget,
+    Ints,
+    Matrix,
+    PagedRows,
+    Segments,
+    StoredRows,
+    Weight,
+    Windows,
+)
 
 
 class Pack(Protocol):
-    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded."""
+    """A weight [N, K] or [G, N, K] in the form in which this backend multiplies by it. Once, when a model is loaded.
 
-    def __call__(self, weight: Tensor) -> Weight: ...
+    A quantised one is widened, exactly, by a backend that does not multiply by it as it is.
+    """
+
+    def __call__(self, weight: Matrix) -> Weight: ...
 
 
 class Linear(Protocol):
@@ -47,6 +61,19 @@ class Rotate(Protocol):
     """
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+
+class NormRotate(Protocol):
+    """RmsNorm, then Rotate, of x [T, ..., d] as a new tensor: the queries of all heads, or a KV row."""
+
+    def __call__(self, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+
+class RotateTo(Protocol):
+    """Rotate x fp32 [T, ..., d], then cast to `dtype`: what attention gives, turned back for the output projection.
+    x is given up."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor: ...
 
 
 class MixIn(Protocol):
@@ -84,6 +111,15 @@ class Compress(Protocol):
     def __call__(
         self, rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, previous: Tensor | None = None
     ) -> Tensor: ...
+
+
+class InsertEntries(Protocol):
+    """New entries, from tokens to cache rows: Compress, cast to the dtype of `weight` [dim], RmsNorm, Rotate by
+    cos, sin fp32 [E, r/2], the target's rounding, StoreRows."""
+
+    def __call__(
+        self, windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget
+    ) -> None: ...
 
 
 class IndexTopk(Protocol):
@@ -158,7 +194,8 @@ class RoundIndexFp8(Protocol):
 
 
 class StoreRows(Protocol):
-    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format.
+    """Write rows [R, width] of any float dtype to `slots` int64 [R] of a cache stream, in its byte format; nothing for
+    a slot of -1.
 
     Packing rounds as round_kv, round_index_fp8 or (keys being rotated already) round_index do, and holds rows that were
     rounded by round_kv or round_index exactly.
@@ -171,6 +208,18 @@ class ReadRows(Protocol):
     """Gather rows of a cache stream: fp32 [..., width] for slots int64 [...]. Only what is gathered is unpacked."""
 
     def __call__(self, stored: StoredRows, slots: Tensor) -> Tensor: ...
+
+
+class Sample(Protocol):
+    """One token for each row of logits [O, vocab], int64 [O]; a row's token depends on that row alone.
+
+    controls float64 [O, 5] are temperature, top_k (0: off), top_p (1: off), min_p (0: off) and a uniform number in
+    [0, 1) for each. At temperature 0 the largest logit, lowest id first among equals. Else the token at that share of
+    the kept probabilities, the most likely first, lowest id first among equals: kept are the top_k first, those before
+    which less than top_p of the whole lies, those of min_p of the largest or more, and always the first.
+    """
+
+    def __call__(self, logits: Tensor, controls: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -190,6 +239,16 @@ class Repeat(Protocol):
         ...
 
 
+class Capture(Protocol):
+    """Notes what a computation asks of a device, so that it can be done again in one call.
+
+    record(compute) gives a function that does the work of compute() again: the same kernels on the same memory. Whether
+    `compute` itself has been carried out is left open. The result is overwritten by the next call of any such function.
+    """
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]: ...
+
+
 MakeRepeat = Callable[[Iterable[Tensor]], Repeat]  # over the weights and pools that steps read and write
 
 
@@ -202,10 +261,13 @@ class Kernels:
     grouped_linear: GroupedLinear
     rms_norm: RmsNorm
     rotate: Rotate
+    norm_rotate: NormRotate
+    rotate_to: RotateTo
     mix_in: MixIn
     mix_out: MixOut
     mix_head: MixHead
     compress: Compress
+    insert_entries: InsertEntries
     index_topk: IndexTopk
     attention: Attention
     route: Route
@@ -216,3 +278,4 @@ class Kernels:
     round_index_fp8: RoundIndexFp8
     store_rows: StoreRows
     read_rows: ReadRows
+    sample: Sample

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
 
 from thalweg.errors import ConfigError
+from thalweg.kernels.compilations import Compilations
 from thalweg.kernels.cpu.backend import cpu_kernels
 from thalweg.kernels.cpu.calls import Calls
 from thalweg.kernels.cpu.library import Level, LibraryMissing, load_library
 from thalweg.kernels.deterministic.backend import deterministic_kernels
-from thalweg.kernels.ops import Kernels, MakeRepeat
+from thalweg.kernels.ops import Capture, Kernels, MakeRepeat
 from thalweg.kernels.reference.backend import reference_kernels
 from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
+from thalweg.kernels.triton.graphs import CudaGraphs, watch_compilations
 
 __all__ = ["KernelChoice", "KernelSet", "cpu_kernels", "deterministic_kernels", "reference_kernels", "select_kernels"]
 
@@ -30,16 +32,20 @@ class KernelChoice:
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `narrow`: weights may stay
-    in bfloat16 under fp32 activations. `missing`: why there are no compiled kernels where a device could have them.
-    `repeat` makes what repeats steps, where these kernels can be repeated."""
+    """The chosen functions and the reasons. `exact`: a row's bits depend on that row alone. `forms`: those of
+    weights that they multiply by as they are, under any activations: bfloat16, float8_e4m3fn for FP8 with scales, uint8
+    for pairs of FP4 with scales. `missing`: why there are no compiled kernels where a device could have them.
+    `repeat` makes what repeats steps, where these kernels can be repeated; `capture` captures steps on a GPU. All that
+    is compiled or captured is noted in `compilations`."""
 
     kernels: Kernels
     choices: tuple[KernelChoice, ...]
     exact: bool = False
-    narrow: bool = False
+    forms: frozenset[torch.dtype] = frozenset()
     missing: str = ""
     repeat: MakeRepeat | None = None
+    capture: Capture | None = None
+    compilations: Compilations = field(default_factory=Compilations)
 
 
 def select_kernels(
@@ -75,12 +81,17 @@ def _triton(device: torch.device, wanted: str) -> KernelSet:
         return _plain(device, False, str(missing))
     plain = reference_kernels()
     why = "as set" if wanted != "auto" else f"the kernels for {device.type}"
-    own = {field.name: getattr(kernels, field.name) is not getattr(plain, field.name) for field in fields(Kernels)}
+    own = {op.name: getattr(kernels, op.name) is not getattr(plain, op.name) for op in fields(Kernels)}
     choices = (
         KernelChoice(op, "triton" if ours else "reference", why if ours else "torch's own is as good")
         for op, ours in own.items()
     )
-    return KernelSet(kernels, tuple(choices), exact=True)
+    forms = frozenset({torch.bfloat16, torch.float8_e4m3fn, torch.uint8})
+    compilations = Compilations()
+    watch_compilations(compilations)
+    capture = CudaGraphs(compilations) if device.type == "cuda" else None
+    choices_ = tuple(choices)
+    return KernelSet(kernels, choices_, exact=True, forms=forms, capture=capture, compilations=compilations)
 
 
 def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> KernelSet:
@@ -95,26 +106,27 @@ def _compiled(device: torch.device, compute: torch.dtype, wanted: str) -> Kernel
     plain = reference_kernels()
     why = "as set" if wanted != "auto" else "the highest instruction set of this processor"
     choices = []
-    for field in fields(Kernels):
-        function = getattr(kernels, field.name)
-        if function is getattr(plain, field.name):
-            choices.append(KernelChoice(field.name, "reference", "each row is computed by itself already"))
-        elif function is getattr(others, field.name):
-            choices.append(KernelChoice(field.name, "deterministic", "not compiled; bits of a row depend on it alone"))
+    for op in fields(Kernels):
+        function = getattr(kernels, op.name)
+        if function is getattr(plain, op.name):
+            choices.append(KernelChoice(op.name, "reference", "each row is computed by itself already"))
+        elif function is getattr(others, op.name):
+            choices.append(KernelChoice(op.name, "deterministic", "not compiled; bits of a row depend on it alone"))
         else:
-            choices.append(KernelChoice(field.name, f"cpu-{library.level.value}", why))
-    return KernelSet(kernels, tuple(choices), exact=True, narrow=True, repeat=partial(Calls, library))
+            choices.append(KernelChoice(op.name, f"cpu-{library.level.value}", why))
+    forms = frozenset({torch.bfloat16})
+    return KernelSet(kernels, tuple(choices), exact=True, forms=forms, repeat=partial(Calls, library))
 
 
 def _plain(device: torch.device, deterministic: bool, missing: str) -> KernelSet:
     reference = reference_kernels()
     kernels = deterministic_kernels() if deterministic else reference
     choices = []
-    for field in fields(Kernels):
+    for op in fields(Kernels):
         if not deterministic:
-            choices.append(KernelChoice(field.name, "reference", missing))
-        elif getattr(kernels, field.name) is getattr(reference, field.name):
-            choices.append(KernelChoice(field.name, "reference", "each row is computed by itself already"))
+            choices.append(KernelChoice(op.name, "reference", missing))
+        elif getattr(kernels, op.name) is getattr(reference, op.name):
+            choices.append(KernelChoice(op.name, "reference", "each row is computed by itself already"))
         else:
-            choices.append(KernelChoice(field.name, "deterministic", "as set: bits of a row depend on that row alone"))
+            choices.append(KernelChoice(op.name, "deterministic", "as set: bits of a row depend on that row alone"))
     return KernelSet(kernels, tuple(choices), exact=deterministic, missing=missing if device.type == "cpu" else "")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-Shapes = Mapping[str, int]
+Shapes = Mapping[str, float]
 
 
 def _none(sizes: Shapes) -> float:
@@ -80,6 +80,22 @@ OPS: tuple[OpSpec, ...] = (
         lambda s: 2 * s["rows"] * s["width"] * s["element"] + 4 * s["rows"] * s["rope"],
     ),
     OpSpec(
+        "norm_rotate",
+        "rms_norm, then rotate",
+        1e-5,
+        ("rows", "width", "rope", "element"),
+        lambda s: 4 * s["rows"] * s["width"] + 3 * s["rows"] * s["rope"],
+        lambda s: 2 * s["rows"] * s["width"] * s["element"] + 4 * s["rows"] * s["rope"],
+    ),
+    OpSpec(
+        "rotate_to",
+        "rotate, then a cast of fp32",
+        1e-5,
+        ("rows", "width", "rope", "element"),
+        lambda s: 3 * s["rows"] * s["rope"],
+        lambda s: s["rows"] * s["width"] * (4 + s["element"]) + 4 * s["rows"] * s["rope"],
+    ),
+    OpSpec(
         "mix_in",
         "mHC: projection, sigmoids, Sinkhorn, weighted sum of the streams",
         1e-4,
@@ -116,6 +132,14 @@ OPS: tuple[OpSpec, ...] = (
         ("entries", "tokens", "width"),
         lambda s: 5 * s["entries"] * s["tokens"] * s["width"],
         lambda s: 4 * s["entries"] * s["width"] * (2 * s["tokens"] + 1),
+    ),
+    OpSpec(
+        "insert_entries",
+        "compress, rms_norm, rotate, rounding, store_rows",
+        2e-5,
+        ("entries", "tokens", "width", "rope", "row_bytes"),
+        lambda s: s["entries"] * (5 * s["tokens"] * s["width"] + 8 * s["width"] + 3 * s["rope"]),
+        lambda s: s["entries"] * (8 * s["tokens"] * (s["width"] + 1) + 4 * s["rope"] + s["row_bytes"] + 8),
     ),
     OpSpec(
         "index_topk",
@@ -178,7 +202,7 @@ OPS: tuple[OpSpec, ...] = (
         "Hadamard rotation and e2m1 rounding in blocks of 32",
         0.0,
         ("rows", "width", "element"),
-        lambda s: s["rows"] * s["width"] * (s["width"].bit_length() + 8),
+        lambda s: s["rows"] * s["width"] * (int(s["width"]).bit_length() + 8),
         lambda s: 2 * s["rows"] * s["width"] * s["element"],
     ),
     OpSpec(
@@ -204,6 +228,14 @@ OPS: tuple[OpSpec, ...] = (
         ("rows", "width", "row_bytes"),
         lambda s: s["rows"] * s["width"],
         lambda s: s["rows"] * (s["row_bytes"] + 4 * s["width"] + 8),
+    ),
+    OpSpec(  # exact but where the uniform number is within 1e-5 of a boundary, in the sum of all probabilities
+        "sample",
+        "truncated distribution of each row of logits, and the token at a uniform number's place in it",
+        0.0,
+        ("rows", "vocab"),
+        lambda s: 6 * s["rows"] * s["vocab"],
+        lambda s: s["rows"] * (4 * s["vocab"] + 48),
     ),
 )
 

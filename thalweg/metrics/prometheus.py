@@ -75,7 +75,8 @@ class TierGauges:
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """What the engine says of itself at the moment of a scrape. `kernels` is the backend of each op."""
+    """What the engine says of itself at the moment of a scrape. `kernels` is the backend of each op; `compilations` are
+    those that requests had to wait for."""
 
     running: int
     waiting: int
@@ -84,6 +85,7 @@ class EngineGauges:
     tiers: tuple[TierGauges, ...] = ()
     kernels: Mapping[str, str] = field(default_factory=dict)
     loading: int = 0
+    compilations: int = 0
 
 
 class EngineCollector(Collector):
@@ -115,6 +117,11 @@ class EngineCollector(Collector):
         for labels in now.kernels.items():
             backends.add_metric(labels, 1)
         yield backends
+        yield CounterMetricFamily(
+            "thalweg_compile_in_serving",
+            "Kernels compiled and graphs captured after the server was ready.",
+            value=now.compilations,
+        )
         for name, value in now.counters.items():
             if name in _NOW:
                 yield GaugeMetricFamily(f"thalweg_engine_{name}", f"Engine gauge {name}.", value=value)

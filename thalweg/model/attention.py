@@ -43,8 +43,9 @@ class Attention:
         """x [T, D], normed -> [T, D], or [O, D] for the output rows alone in the last layer."""
         config, weights, kernels = self._config, self._weights, self._kernels
         angles = tables.angles(self._kind)
-        kv = kernels.rms_norm(kernels.linear(x, self._wkv), weights["kv_norm.weight"], config.rms_norm_eps)
-        kv = self._numerics.stored_kv(kernels.rotate(kv, angles.cos, angles.sin), config.rope_dim, kernels)
+        kv, eps = kernels.linear(x, self._wkv), config.rms_norm_eps
+        kv = kernels.norm_rotate(kv, weights["kv_norm.weight"], eps, angles.cos, angles.sin)
+        kv = self._numerics.stored_kv(kv, config.rope_dim, kernels)
         self._compress(x, step, tables, cache)
         result = x[:0]
         if not last or len(step.output_rows):
@@ -59,11 +60,10 @@ class Attention:
         if self._compressor is None:
             return
         inputs, angles, phase = tables.compressor(self._kind)
-        entries = self._compressor.entries(x, phase, inputs, angles, cache)
-        if entries is not None:
-            stream = self._kind.value
-            entries = self._numerics.stored_kv(entries, self._config.rope_dim, self._kernels)
-            self._kernels.store_rows(self._rows(stream, cache), inputs.entries[stream], entries)
+        stream = self._kind.value
+        rows, slots = cache.rows(stream, self._layer), inputs.entries[stream]
+        target = self._numerics.kv_target(rows, slots, self._config)
+        self._compressor.insert(x, phase, inputs, angles, cache, target)
         if self._indexer is not None:
             self._indexer.write_keys(x, phase, inputs, angles, cache)
 
@@ -77,7 +77,7 @@ class Attention:
         eps, shape = config.rms_norm_eps, (config.num_attention_heads, config.head_dim)
         low = kernels.rms_norm(kernels.linear(x, self._wq_a), weights["q_norm.weight"], eps)
         query = kernels.linear(low, self._wq_b).unflatten(-1, shape)
-        query = kernels.rotate(kernels.rms_norm(query, None, eps), angles.cos, angles.sin)
+        query = kernels.norm_rotate(query, None, eps, angles.cos, angles.sin)
         selected = None
         if self._indexer is not None:
             selected = self._indexer.select(x, low, angles, step, queries, cache)
@@ -87,7 +87,7 @@ class Attention:
         ratio = config.ratio_of(self._layer)
         context = AttentionContext(queries, step.segments, past, entries, ratio, config.window)
         mixed = kernels.attention(query, kv, context, weights["attn_sink"], selected)
-        return self._project(kernels.rotate(mixed, angles.cos, angles.back).to(x.dtype))
+        return self._project(kernels.rotate_to(mixed, angles.cos, angles.back, x.dtype))
 
     def _project(self, heads: Tensor) -> Tensor:
         """Grouped low-rank output projection: [Q, H, d] -> [Q, D]."""
@@ -109,10 +109,9 @@ class Indexer:
         self._kernels = kernels
 
     def write_keys(self, x: Tensor, phase: Tensor, inputs: CompressorInputs, angles: Angles, cache: CacheRows) -> None:
-        keys = self._compressor.entries(x, phase, inputs, angles, cache)
-        if keys is not None:
-            keys = self._numerics.stored_index(keys, self._kernels)
-            self._kernels.store_rows(self._rows(cache), inputs.entries["index"], keys)
+        rows, slots = cache.rows("index", self._layer), inputs.entries["index"]
+        target = self._numerics.index_target(rows, slots, self._config)
+        self._compressor.insert(x, phase, inputs, angles, cache, target)
 
     def select(
         self, x: Tensor, low: Tensor, angles: Angles, step: StepInputs, queries: Segments, cache: CacheRows

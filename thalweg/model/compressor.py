@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thalweg.kernels.arguments import EntryTarget, TokenRows, Windows, plain_rows
 from thalweg.kernels.ops import Kernels
 from thalweg.model.inputs import CacheRows, CompressorInputs, RowWrites
 from thalweg.model.rotary import Angles
@@ -19,13 +20,6 @@ class CompressorStreams:
 
     pending: str
     tail: str | None
-
-
-def write_rows(cache_rows: Tensor, writes: RowWrites, rows: Tensor) -> None:
-    """Scatter new rows into a cache stream."""
-    if len(writes.slots) == 0:
-        return
-    cache_rows.index_copy_(0, writes.slots, writes.of(rows).to(cache_rows.dtype))
 
 
 class Compressor:
@@ -49,33 +43,31 @@ class Compressor:
         self._eps = norm_eps
         self._kernels = kernels
 
-    def entries(
-        self, x: Tensor, phase: Tensor, step: CompressorInputs, angles: Angles, cache: CacheRows
-    ) -> Tensor | None:
-        """Entries [E, dim], normed and rotated, that the T new tokens x [T, D] complete; keeps the state of the rest.
-        None where they complete none, as in most decode steps.
+    def insert(
+        self, x: Tensor, phase: Tensor, step: CompressorInputs, angles: Angles, cache: CacheRows, target: EntryTarget
+    ) -> None:
+        """Write the entries that the T new tokens x [T, D] complete, in most decode steps none; keep the state of the
+        rest.
 
         phase [T] is each token's position mod m; `angles` are those of the entries' first tokens.
         """
         tail = self._streams.tail
         rows = self._kernels.linear(x.float(), self._projection) + self._ape[phase]
         following, own = rows.chunk(2, -1) if tail is not None else (rows, rows)
-        pooled = self._pooled(own, following, step, cache) if len(step.own) else None
+        if len(step.own):
+            windows = self._windows(own, following, step, cache)
+            self._kernels.insert_entries(windows, self._norm, self._eps, angles.cos, angles.sin, target)
         if tail is not None and step.tail_writes is not None:
-            write_rows(cache.rows(tail, self._layer), step.tail_writes, following)
-        write_rows(cache.rows(self._streams.pending, self._layer), step.pending_writes, own)
-        if pooled is None:
-            return None
-        normed = self._kernels.rms_norm(pooled.to(x.dtype), self._norm, self._eps)
-        return self._kernels.rotate(normed, angles.cos, angles.sin)
+            self._write(tail, step.tail_writes, following, cache)
+        self._write(self._streams.pending, step.pending_writes, own, cache)
 
-    def _pooled(self, own: Tensor, following: Tensor, step: CompressorInputs, cache: CacheRows) -> Tensor:
-        rows = self._with_cached(self._streams.pending, step.pending_slots, own, cache)
+    def _windows(self, own: Tensor, following: Tensor, step: CompressorInputs, cache: CacheRows) -> Windows:
+        rows = TokenRows(cache.rows(self._streams.pending, self._layer), step.pending_slots, own)
         if self._streams.tail is None:
-            return self._kernels.compress(rows, step.own)
+            return Windows(rows, step.own)
         assert step.tail_slots is not None, "windows overlap, and nothing says with what"
-        before = self._with_cached(self._streams.tail, step.tail_slots, following, cache)
-        return self._kernels.compress(rows, step.own, before, step.previous)
+        before = TokenRows(cache.rows(self._streams.tail, self._layer), step.tail_slots, following)
+        return Windows(rows, step.own, before, step.previous)
 
-    def _with_cached(self, stream: str, slots: Tensor, new: Tensor, cache: CacheRows) -> Tensor:
-        return torch.cat([cache.rows(stream, self._layer)[slots], new])
+    def _write(self, stream: str, writes: RowWrites, rows: Tensor, cache: CacheRows) -> None:
+        self._kernels.store_rows(plain_rows(cache.rows(stream, self._layer)), writes.slots, writes.of(rows))

@@ -1,7 +1,7 @@
 """What one forward pass is told: tokens, positions and where to read and write each cache stream.
 
 Built from a step plan by engine/batch.py, the one place where token positions become slots. All index tensors are
-int64 on the model's device. T new tokens of B sequences, E compressed entries completed by them.
+int64, on the model's device as the model computes. T new tokens of B sequences, E compressed entries completed by them.
 """
 
 from __future__ import annotations

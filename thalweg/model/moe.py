@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from thalweg.config.model import ModelConfig
+from thalweg.kernels.arguments import joined
 from thalweg.kernels.ops import Kernels
 from thalweg.model.weights import Weights
 
@@ -18,12 +18,14 @@ class MixtureOfExperts:
         self._gate = weights.matrix("gate.weight")
         self._bias = None if hashed else weights["gate.bias"]
         self._by_token = weights["gate.tid2eid"] if hashed else None
-        gate_up, down = weights.take("experts.gate_up"), weights.take("experts.down")
-        w1, w2, w3 = (weights.take(f"shared_experts.{w}.weight") for w in ("w1", "w2", "w3"))
-        # A shared expert as wide as the others is one of them, which every token has.
-        self._joined = len(gate_up) if w2.shape == down.shape[1:] else None
+        gate_up, down = weights.take_matrix("experts.gate_up"), weights.take_matrix("experts.down")
+        w1, w2, w3 = (weights.take_matrix(f"shared_experts.{w}.weight") for w in ("w1", "w2", "w3"))
+        # A shared expert of the width and the form of the others is one of them, which every token has.
+        alike = len({matrix.data.dtype for matrix in (gate_up, down, w1, w2, w3)}) == 1
+        self._joined = len(gate_up.data) if alike and w2.data.shape == down.data.shape[1:] else None
         if self._joined is not None:
-            gate_up, down = torch.cat([gate_up, torch.cat([w1, w3])[None]]), torch.cat([down, w2[None]])
+            gate_up = joined([gate_up, joined([w1, w3]).unflatten(0, (1, -1))])
+            down = joined([down, w2.unflatten(0, (1, -1))])
         else:
             self._w1, self._w2, self._w3 = weights.packed(w1), weights.packed(w2), weights.packed(w3)
         self._gate_up, self._down = weights.packed(gate_up), weights.packed(down)

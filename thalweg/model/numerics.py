@@ -13,7 +13,7 @@ from torch import Tensor
 
 from thalweg.config.model import ModelConfig
 from thalweg.errors import ConfigError
-from thalweg.kernels.arguments import Packing, StoredRows
+from thalweg.kernels.arguments import EntryTarget, Packing, RowRounding, StoredRows
 from thalweg.kernels.ops import Kernels
 from thalweg.memory.layout import RowFormat
 
@@ -74,16 +74,24 @@ class Numerics:
             rows = kernels.round_kv(rows, rope_dim)
         return rows.to(_TORCH.get(self.kv, rows.dtype))
 
-    def stored_index(self, keys: Tensor, kernels: Kernels) -> Tensor:
-        """Index keys for the cache, from which alone they are read. FP8 packing rounds by itself, and only once: the
-        scale of rounded keys may differ in the last bit."""
-        if self.index_rounding is Rounding.FP8 and self.index is not RowFormat.FP8:
-            return kernels.round_index_fp8(keys)
-        return self.index_query(keys, kernels)
-
     def index_query(self, query: Tensor, kernels: Kernels) -> Tensor:
         """Index queries, in the space of the stored keys."""
         return kernels.round_index(query) if self.index_rounding is Rounding.FP4 else query
+
+    def kv_target(self, data: Tensor, slots: Tensor, config: ModelConfig) -> EntryTarget:
+        """New entries for `slots` of a KV stream of one layer."""
+        rounding = RowRounding.KV if self.kv_rounding is Rounding.FP8 else RowRounding.NONE
+        return EntryTarget(self.kv_rows(data, config), slots, rounding)
+
+    def index_target(self, data: Tensor, slots: Tensor, config: ModelConfig) -> EntryTarget:
+        """New index keys for `slots` of one layer. FP8 packing rounds by itself, and only once: the scale of rounded
+        keys may differ in the last bit."""
+        rounding = RowRounding.NONE
+        if self.index_rounding is Rounding.FP4:
+            rounding = RowRounding.INDEX
+        elif self.index_rounding is Rounding.FP8 and self.index is not RowFormat.FP8:
+            rounding = RowRounding.INDEX_FP8
+        return EntryTarget(self.index_rows(data, config), slots, rounding)
 
     def kv_rows(self, data: Tensor, config: ModelConfig) -> StoredRows:
         """A KV stream of one layer as ops read and write it."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from thalweg.kernels.arguments import Ints
 from thalweg.kernels.ops import Repeat
-from thalweg.model.inputs import CacheRows, CompressorInputs, StepInputs
+from thalweg.model import parts
+from thalweg.model.inputs import CacheRows, StepInputs
 from thalweg.model.step import StepTables
 from thalweg.model.transformer import Model
 
@@ -26,37 +26,19 @@ class RepeatedModel:
         if self._repeat is None or len(step.token_ids) > MOST_TOKENS:
             return self._model.forward(step, self._cache)
         streams, tables = self._model.begin(step)
-        sized, others = _tensors(streams, tables, step)
-        ints = _ints(step)
+        sized, others = [streams, *parts.sized(step), *_of_tables(tables)], parts.ragged(step)
         # Block lists and window rows may be of any length: kernels find it in the offsets. Python sees all other sizes.
         shape = (*[x.numel() for x in sized], *[x.numel() > 0 for x in others], len(step.segments))
         return self._repeat.run(
             shape,
             [*sized, *others],
-            ints,
+            parts.ints(step),
             lambda: self._model.through_layers(streams, tables, step, self._cache),
         )
 
 
-def _tensors(streams: Tensor, tables: StepTables, step: StepInputs) -> tuple[list[Tensor], list[Tensor]]:
-    """All that the layers read, the second of them of any length."""
-    sized = [streams, step.token_ids, step.positions, step.output_rows]
-    sized += [step.window_writes.source, step.window_writes.slots]
-    for angles in (tables.window, tables.compressed):
-        sized += [angles.cos, angles.sin, angles.back]
-    for inputs, angles, phase in tables.compressors.values():
-        sized += [angles.cos, angles.sin, angles.back, phase, *_of_compressor(inputs)]
-    return sized, [step.past_slots, *(blocks.ids for blocks in step.blocks.values())]
-
-
-def _of_compressor(inputs: CompressorInputs) -> list[Tensor]:
-    tensors = [inputs.pending_slots, inputs.own, inputs.positions, *inputs.entries.values()]
-    tensors += [inputs.pending_writes.source, inputs.pending_writes.slots]
-    if inputs.tail_writes is not None and inputs.tail_slots is not None and inputs.previous is not None:
-        tensors += [inputs.tail_slots, inputs.previous, inputs.tail_writes.source, inputs.tail_writes.slots]
+def _of_tables(tables: StepTables) -> list[Tensor]:
+    tensors = [part for angles in (tables.window, tables.compressed) for part in (angles.cos, angles.sin, angles.back)]
+    for _, angles, phase in tables.compressors.values():
+        tensors += [angles.cos, angles.sin, angles.back, phase]
     return tensors
-
-
-def _ints(step: StepInputs) -> list[Ints]:
-    segments = [ints for own in (step.segments, step.output_segments) for ints in (own.offsets, own.starts)]
-    return [*segments, step.past_offsets, *(blocks.offsets for blocks in step.blocks.values())]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from math import prod
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
-from thalweg.checkpoint.parameters import Parameter, Precision, parameters
+from thalweg.checkpoint.parameters import SCALES, Parameter, Precision, parameters
 from thalweg.config.model import ModelConfig
-from thalweg.kernels.arguments import Weight
+from thalweg.kernels.arguments import FP4_GROUP, FP8_BLOCK, Matrix, Quantised, Weight
 from thalweg.kernels.ops import Pack
+
+NONE: Mapping[str, torch.dtype] = MappingProxyType({})  # no parameter is kept in a form of the checkpoint
 
 
 class Weights:
@@ -29,18 +35,25 @@ class Weights:
         return self._tensors[self._prefix + name]
 
     def take(self, name: str) -> Tensor:
-        """A tensor that is needed in another form only."""
+        """A tensor that is needed in another form only, and is never quantised."""
         return self._tensors.pop(self._prefix + name)
+
+    def take_matrix(self, name: str) -> Matrix:
+        """A matrix that is needed in another form only."""
+        data, scales = self.take(name), self._tensors.pop(self._prefix + name + SCALES, None)
+        return data if scales is None else Quantised(data, scales)
 
     def matrix(self, name: str, groups: int = 1) -> Weight:
         """Take a matrix out, in the form in which the backend multiplies by it: the plain tensor is let go."""
-        tensor = self.take(name)
-        return self.packed(tensor if groups == 1 else tensor.unflatten(0, (groups, -1)))
+        matrix = self.take_matrix(name)
+        return self.packed(matrix if groups == 1 else matrix.unflatten(0, (groups, -1)))
 
-    def packed(self, tensor: Tensor) -> Weight:
+    def packed(self, matrix: Matrix) -> Weight:
         """A matrix made of parameters, in the form in which the backend multiplies by it."""
-        weight = self._pack(tensor)
+        weight = self._pack(matrix)
         self.kept(weight.data)
+        if weight.scales is not None:
+            self.kept(weight.scales)
         return weight
 
     def kept(self, tensor: Tensor) -> Tensor:
@@ -53,25 +66,43 @@ class Weights:
         return (*self._tensors.values(), *self._made)
 
 
-def dtype_of(parameter: Parameter, compute: torch.dtype, narrow: frozenset[str]) -> torch.dtype:
-    """Matrices named in `narrow` are kept in bfloat16, for kernels that widen them as they multiply."""
-    if parameter.name in narrow and _is_matrix(parameter):
-        return torch.bfloat16
+def dtype_of(parameter: Parameter, compute: torch.dtype, kept: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Matrices named in `kept` have the form given there, for kernels that widen them as they multiply."""
+    if parameter.name in kept and _is_matrix(parameter):
+        return kept[parameter.name]
     return {Precision.COMPUTE: compute, Precision.FLOAT32: torch.float32, Precision.INT64: torch.int64}[
         parameter.precision
     ]
 
 
-def weight_bytes(config: ModelConfig, compute: torch.dtype, narrow: frozenset[str] = frozenset()) -> int:
+def weight_bytes(config: ModelConfig, compute: torch.dtype, kept: Mapping[str, torch.dtype] = NONE) -> int:
     """What `allocate` takes."""
-    return sum(p.elements * dtype_of(p, compute, narrow).itemsize for p in parameters(config))
+    return sum(prod(shape) * dtype.itemsize for _, shape, dtype in _tensors(config, compute, kept))
 
 
 def allocate(
-    config: ModelConfig, compute: torch.dtype, device: torch.device, narrow: frozenset[str] = frozenset()
+    config: ModelConfig, compute: torch.dtype, device: torch.device, kept: Mapping[str, torch.dtype] = NONE
 ) -> dict[str, Tensor]:
-    """Uninitialised tensors for every parameter, for a loader to fill in place."""
-    return {p.name: torch.empty(p.shape, dtype=dtype_of(p, compute, narrow), device=device) for p in parameters(config)}
+    """Uninitialised tensors for every parameter, for a loader to fill in place; `kept` is of loader.kept_forms."""
+    made = _tensors(config, compute, kept)
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in made}
+
+
+def _tensors(
+    config: ModelConfig, compute: torch.dtype, kept: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every tensor; quantised parameters have two."""
+    for parameter in parameters(config):
+        form = dtype_of(parameter, compute, kept)
+        name, shape = parameter.name, parameter.shape
+        if form is torch.uint8:
+            yield name, (*shape[:-1], shape[-1] // 2), form
+            yield name + SCALES, (*shape[:-1], shape[-1] // FP4_GROUP), torch.uint8
+            continue
+        yield name, shape, form
+        if form is torch.float8_e4m3fn:
+            blocks = (-(-shape[-2] // FP8_BLOCK), -(-shape[-1] // FP8_BLOCK))
+            yield name + SCALES, (*shape[:-2], *blocks), torch.uint8
 
 
 def _is_matrix(parameter: Parameter) -> bool:

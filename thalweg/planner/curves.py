@@ -240,23 +240,19 @@ def crossover(platform: Platform, chosen: Candidate, hit_rate: float) -> tuple[l
     counts = [1, 4, 16, 64, 256]
     layouts = _fitting(platform, chosen)
     most = {(layout, c): _sessions(platform, replace(chosen, layout=layout), c) for layout in layouts for c in contexts}
-    rows = []
-    for count in counts:
-        row = []
-        for context in contexts:
-            times = {}
-            for layout in layouts:
-                ranks = layout.dp * (platform.gpus // layout.gpus)
-                each = math.ceil(count / ranks)
-                if each > most[layout, context]:
-                    continue
+
+    def soonest(count: int, context: int) -> str:
+        times = {}
+        for layout in layouts:
+            each = math.ceil(count / (layout.dp * (platform.gpus // layout.gpus)))
+            if each <= most[layout, context]:
                 cost = platform.cost(layout, chosen.chunk_tokens, None)
                 past = int(context * hit_rate)
                 prompts = each * prompt_seconds(cost, chosen.chunk_tokens, context - past, past)
-                times[layout] = prompts + 500 * cost.seconds(StepWork.decode(each, context))
-            row.append(str(min(times, key=lambda layout: times[layout])) if times else "")
-        rows.append(row)
-    return contexts, counts, rows
+                times[str(layout)] = prompts + 500 * cost.seconds(StepWork.decode(each, context))
+        return min(times, key=lambda name: times[name]) if times else ""
+
+    return contexts, counts, [[soonest(count, context) for context in contexts] for count in counts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,18 +119,24 @@ def _drawn(name: str, requests: int, random: np.random.Generator, rate: float | 
     shares = _shares(name)
     texts = Texts()
     makers = [_Maker(SHAPES[shape], random, texts) for shape in shares]
-    now, number = 0.0, 0
-    while requests > 0:
-        gaps = random.exponential(1 / (rate or own_rate(name)), _DRAWN_AT_ONCE)
-        kinds = random.choice(len(makers), _DRAWN_AT_ONCE, p=list(shares.values()))
+    arrivals = _arrivals(random, rate or own_rate(name), list(shares.values()))
+    drawn = ((now, turns) for now, kind in arrivals for turns in makers[kind].sessions())
+    for number, (now, turns) in enumerate(drawn):
+        yield Session(f"s{number}", now, turns[:requests])
+        requests -= len(turns)
+        if requests <= 0:
+            return
+
+
+def _arrivals(random: np.random.Generator, rate: float, shares: list[float]) -> Iterator[tuple[float, int]]:
+    """Endlessly: when a session starts, and the number of its shape."""
+    now = 0.0
+    while True:
+        gaps = random.exponential(1 / rate, _DRAWN_AT_ONCE)
+        kinds = random.choice(len(shares), _DRAWN_AT_ONCE, p=shares)
         for gap, kind in zip(gaps.tolist(), kinds.tolist(), strict=True):
             now += gap
-            for turns in makers[kind].sessions():
-                kept = turns[:requests]
-                requests -= len(kept)
-                if kept:
-                    yield Session(f"s{number}", now, kept)
-                number += 1
+            yield now, kind
 
 
 class _Maker:

@@ -82,7 +82,7 @@ class Session:
         rounds: dict[str, int] = {}
         for key in self.samples.records:
             kind, _, turn = key.partition("#")
-            if turn not in ("", "0"):
+            if turn and (turn != "0" or "/" not in kind):  # the first round of cells is warm-up
                 rounds[kind] = rounds.get(kind, 0) + 1
         missing = [f"{kind}: {why}" for kind, why in sorted(self.left_out.items()) if kind not in rounds]
         few = sorted({rounds[kind] for kind in self.left_out if kind in rounds})

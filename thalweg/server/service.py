@@ -166,10 +166,16 @@ class Service:
             )
             for g in status.groups
         )
-        kernels = {choice.op: choice.backend for choice in self.runtime.kernel_set.choices}
-        tiers = self.runtime.engine.tiers()
+        chosen = self.runtime.kernel_set
         return EngineGauges(
-            status.running, status.waiting, pools, status.counters, tiers, kernels, loading=status.loading
+            status.running,
+            status.waiting,
+            pools,
+            status.counters,
+            self.runtime.engine.tiers(),
+            {choice.op: choice.backend for choice in chosen.choices},
+            loading=status.loading,
+            compilations=chosen.compilations.in_serving,
         )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thalweg.kernels.arguments import Weight
+from thalweg.kernels.arguments import Quantised, Weight
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.reference.linear import pack as reference_pack
+from thalweg.kernels.reference.linear import widened
 
 Call = Callable[[], Any]  # the op itself, everything prepared
 Bound = Callable[[Tensor | None], Call]  # for the rows of the result that are listed; None: all of them, in order
@@ -56,7 +57,7 @@ class Case:
 
     op: str
     shape: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, float]
     rows: int
     inputs: Callable[[Source], Bind]
     comparable: Callable[[Any], tuple[Tensor, ...]] = as_tuple
@@ -70,13 +71,14 @@ class Wide:
 
 
 Input = Tensor | Wide
+Stored = Input | Quantised
 
 
 def over_rows(
     call: Callable[..., Any],
     rows: tuple[Input, ...],
     *,
-    weights: tuple[Input, ...] = (),
+    weights: tuple[Stored, ...] = (),
     fixed: tuple[Input, ...] = (),
 ) -> Bind:
     """call(kernels, *packed weights, *fixed, *rows), where each of `rows` has one row per row of the result."""
@@ -101,9 +103,12 @@ def cast(x: Input, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def packed_weight(kernels: Kernels, weight: Input, dtype: torch.dtype) -> Weight:
-    """bfloat16 weights stay so where the backend multiplies by them under fp32 activations."""
+def packed_weight(kernels: Kernels, weight: Stored, dtype: torch.dtype) -> Weight:
+    """Weights in the dtype of the activations, or in their own form where that may be another."""
+    own = kernels.pack is not reference_pack
+    if isinstance(weight, Quantised):
+        return kernels.pack(weight if own else widened(weight).to(dtype))
     if isinstance(weight, Wide):
         return kernels.pack(cast(weight, dtype))
-    keeps = weight.dtype is torch.bfloat16 and dtype is torch.float32 and kernels.pack is not reference_pack
+    keeps = weight.dtype is torch.bfloat16 and dtype is torch.float32 and own
     return kernels.pack(weight if keeps else weight.to(dtype))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from thalweg.kernels.cases import caches, rows, stored
 from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
+from thalweg.kernels.cases.entries import INDEX_ROUNDINGS, KV_ROUNDINGS, insert_entries
 
 LIMIT = 1.0  # of gated units: with inputs of deviation 4 it cuts many
 ROWS = 45  # more than a tile of any backend's smallest, and no multiple of one
@@ -28,19 +29,24 @@ def check_cases() -> Iterator[Case]:
     yield from _attention()
     yield from _index()
     yield from _stored()
+    yield from _samples()
+    yield from _entries()
 
 
 def _products() -> Iterator[Case]:
     shapes = [(1, 64, 96), (ROWS, 1, 1), (ROWS, 33, 15), (ROWS, 257, 97), (7, 512, 64), (200, 300, 40)]
     for count, width, outputs in shapes:
         yield rows.linear(f"{count} x {width} x {outputs}", count, width, outputs)
-    yield rows.linear(f"{ROWS} x 257 x 97, bfloat16 weights", ROWS, 257, 97, narrow=True)
-    yield rows.linear("1 x 512 x 130, bfloat16 weights", 1, 512, 130, narrow=True)
+    yield rows.linear(f"{ROWS} x 257 x 97, bfloat16 weights", ROWS, 257, 97, form="bfloat16")
+    yield rows.linear("1 x 512 x 130, bfloat16 weights", 1, 512, 130, form="bfloat16")
+    for form, count, width, outputs in (("fp8", ROWS, 257, 130), ("fp4", ROWS, 160, 70), ("fp4", 1, 640, 33)):
+        yield rows.linear(f"{count} x {width} x {outputs}, {form} weights", count, width, outputs, form=form)
     yield rows.linear("long sums: 3 x 4096 x 33", 3, 4096, 33)
     for count, groups, width, outputs in ((1, 2, 64, 32), (ROWS, 3, 16, 10), (70, 2, 255, 65)):
         shape = f"{count} x {groups} x {width} x {outputs}"
         yield rows.grouped_linear(shape, count, groups, width, outputs)
-    yield rows.grouped_linear("9 x 2 x 64 x 48, bfloat16 weights", 9, 2, 64, 48, narrow=True)
+    yield rows.grouped_linear("9 x 2 x 64 x 48, bfloat16 weights", 9, 2, 64, 48, form="bfloat16")
+    yield rows.grouped_linear("9 x 2 x 130 x 128, fp8 weights", 9, 2, 130, 128, form="fp8")
 
 
 def _mixes() -> Iterator[Case]:
@@ -58,7 +64,10 @@ def _elements() -> Iterator[Case]:
         yield rows.swiglu(f"{count} x {width}", count, width, LIMIT)
     yield rows.rms_norm(f"{ROWS} x 64, no weight", ROWS, 64, weighted=False)
     for count, heads, width, rope in ((1, 4, 64, 16), (ROWS, 3, 17, 10), (ROWS, 1, 8, 8), (70, 2, 512, 64)):
-        yield rows.rotate(f"{count} x {heads} x {width}, {rope} rotated", count, heads, width, rope)
+        shape = f"{count} x {heads} x {width}, {rope} rotated"
+        yield rows.rotate(shape, count, heads, width, rope)
+        yield rows.norm_rotate(shape, count, heads, width, rope, weighted=heads == 1)
+        yield rows.rotate_to(shape, count, heads, width, rope)
     for entries, tokens, width in ((1, 4, 64), (ROWS, 4, 8), (7, 128, 48), (20, 4, 33), (3, 3, 1)):
         for overlap in (False, True):
             shape = f"{entries} x {tokens} tokens x {width}{', overlapping' if overlap else ''}"
@@ -84,7 +93,8 @@ def _experts() -> Iterator[Case]:
     ):
         shape = f"{count} x {hidden}, {k} of {experts} x {inner}"
         yield rows.experts(shape, count, experts, k, hidden, inner, limit=LIMIT)
-    yield rows.experts("5 x 64, 2 of 4 x 40, bfloat16 weights", 5, 4, 2, 64, 40, limit=LIMIT, narrow=True)
+    for form, inner in (("bfloat16", 40), ("fp8", 64), ("fp4", 96)):
+        yield rows.experts(f"5 x 64, 2 of 4 x {inner}, {form} weights", 5, 4, 2, 64, inner, limit=LIMIT, form=form)
 
 
 def _attention() -> Iterator[Case]:
@@ -139,3 +149,29 @@ def _stored() -> Iterator[Case]:
         for count, width in ((1, 128), (ROWS, 48), (7, 2)):
             yield stored.store_rows(f"{form.name} keys, {count} x {width}", form, count, width)
             yield stored.read_rows(f"{form.name} keys, {count} x {width}", form, count, width)
+
+
+def _samples() -> Iterator[Case]:
+    for how in ("greedy", "plain", "truncated"):
+        for count, vocab in ((1, 128), (ROWS, 33), (7, 9000)):
+            yield rows.sample(f"{count} x {vocab}, {how}", count, vocab, how)
+    yield rows.sample("3 x 1, truncated", 3, 1, "truncated")
+
+
+def _entries() -> Iterator[Case]:
+    for form, rounding in KV_ROUNDINGS:
+        for count, tokens, width, rope, overlap in (
+            (1, 4, 512, 64, True),
+            (ROWS, 3, 41, 10, False),
+            (5, 128, 72, 8, False),
+        ):
+            shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} rows"
+            yield insert_entries(shape, (form, rounding), count, tokens, width, rope, overlap=overlap)
+    for form, rounding in INDEX_ROUNDINGS:
+        for count, tokens, width, rope, overlap in (
+            (1, 4, 128, 64, True),
+            (ROWS, 4, 16, 4, True),
+            (7, 2, 64, 2, False),
+        ):
+            shape = f"{count} x {tokens} tokens x {width}, rounding {rounding}, {form.name} keys"
+            yield insert_entries(shape, (form, rounding), count, tokens, width, rope, overlap=overlap)

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from thalweg.kernels.arguments import Weight
+from thalweg.kernels.arguments import FP4_GROUP, FP8_BLOCK, Matrix, Quantised, Weight
 from thalweg.kernels.cases.case import Bind, Case, Input, Source, Wide, over_rows
 from thalweg.kernels.ops import Kernels
 
 ELEMENT = 4  # bytes of activations: fp32
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1 + FP8_BLOCK**-2, "fp4": 0.5 + 1 / FP4_GROUP}  # with scales
+_FP8_DEVIATION, _FP4_DEVIATION = 32.0, 2.9  # of values before they are scaled; the latter is that of equally many codes
 NORM_EPS, MIX_EPS, ROUTED_SCALE = 1e-6, 1e-6, 1.5
 _ROUTING_GAP = 1e-5  # between the scores of neighbours in rank: any order of sums must rank them alike
 _SPREAD = 3.0  # rows to be rounded have magnitudes from 10^-3 to 10^3
 
 
-def linear(shape: str, rows: int, width: int, outputs: int, *, narrow: bool = False) -> Case:
-    """`narrow`: weights in bfloat16, for the backends that keep them so."""
+def linear(shape: str, rows: int, width: int, outputs: int, *, form: str = "float32") -> Case:
+    """`form` of the weights, one of WEIGHT_BYTES: each backend keeps it or widens it."""
 
     def inputs(source: Source) -> Bind:
         return over_rows(
             lambda kernels, w, x: kernels.linear(x, w),
             (source.normal(rows, width),),
-            weights=(_weight(source, narrow, outputs, width),),
+            weights=(_weight(source, form, outputs, width),),
         )
 
-    sizes = {"rows": rows, "width": width, "outputs": outputs, "element": ELEMENT, "weight_element": 2 if narrow else 4}
-    return Case("linear", shape, sizes, rows, inputs)
+    sizes = {"rows": rows, "width": width, "outputs": outputs, "element": ELEMENT}
+    return Case("linear", shape, sizes | {"weight_element": WEIGHT_BYTES[form]}, rows, inputs)
 
 
-def grouped_linear(shape: str, rows: int, groups: int, width: int, outputs: int, *, narrow: bool = False) -> Case:
+def grouped_linear(shape: str, rows: int, groups: int, width: int, outputs: int, *, form: str = "float32") -> Case:
     def inputs(source: Source) -> Bind:
-        weight = _weight(source, narrow, groups, outputs, width)
+        weight = _weight(source, form, groups, outputs, width)
         return over_rows(
             lambda kernels, w, x: kernels.grouped_linear(x, w), (source.normal(rows, groups, width),), weights=(weight,)
         )
 
     sizes = {"rows": rows, "groups": groups, "width": width, "outputs": outputs, "element": ELEMENT}
-    return Case("grouped_linear", shape, sizes | {"weight_element": 2 if narrow else 4}, rows, inputs)
+    return Case("grouped_linear", shape, sizes | {"weight_element": WEIGHT_BYTES[form]}, rows, inputs)
 
 
-def _weight(source: Source, narrow: bool, *shape: int) -> Tensor:
-    weight = source.weight(*shape)
-    return weight.bfloat16() if narrow else weight
+def _weight(source: Source, form: str, *shape: int) -> Matrix:
+    """Of a deviation of about one over the root of the width; scales differ by a factor of two from block to block."""
+    if form in ("float32", "bfloat16"):
+        weight = source.weight(*shape)
+        return weight.bfloat16() if form == "bfloat16" else weight
+    *groups, outputs, width = shape
+    if form == "fp8":
+        data = (source.normal(*shape) * _FP8_DEVIATION).to(torch.float8_e4m3fn)
+        blocks, deviation = (*groups, -(-outputs // FP8_BLOCK), -(-width // FP8_BLOCK)), _FP8_DEVIATION
+    else:
+        data = source.integers(0, 256, *groups, outputs, width // 2).to(torch.uint8)
+        blocks, deviation = (*groups, outputs, width // FP4_GROUP), _FP4_DEVIATION
+    exponent = 127 + round(math.log2(width**-0.5 / deviation))
+    return Quantised(data, source.integers(exponent - 1, exponent + 1, *blocks).to(torch.uint8))
 
 
 def rms_norm(shape: str, rows: int, width: int, *, weighted: bool = True) -> Case:
@@ -69,6 +84,38 @@ def rotate(shape: str, rows: int, heads: int, width: int, rope: int) -> Case:
 
     sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
     return Case("rotate", shape, sizes, rows, inputs)
+
+
+def norm_rotate(shape: str, rows: int, heads: int, width: int, rope: int, *, weighted: bool) -> Case:
+    """Heads are rows to the op's costs."""
+
+    def inputs(source: Source) -> Bind:
+        angles, x = source.normal(rows, rope // 2) * 100, source.normal(rows, heads, width)
+
+        def call(kernels: Kernels, *given: Tensor) -> Tensor:
+            *weight, x, c, s = given
+            return kernels.norm_rotate(x, weight[0] if weighted else None, NORM_EPS, c, s)
+
+        fixed = (source.normal(width),) if weighted else ()
+        return over_rows(call, (x, Wide(angles.cos()), Wide(angles.sin())), fixed=fixed)
+
+    sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
+    return Case("norm_rotate", shape, sizes, rows, inputs)
+
+
+def rotate_to(shape: str, rows: int, heads: int, width: int, rope: int) -> Case:
+    """From fp32 to the dtype of the activations, which an input of no elements tells."""
+
+    def inputs(source: Source) -> Bind:
+        angles, x = source.normal(rows, rope // 2) * 100, source.normal(rows, heads, width)
+        return over_rows(
+            lambda kernels, like, x, c, s: kernels.rotate_to(x.clone(), c, s, like.dtype),
+            (Wide(x), Wide(angles.cos()), Wide(angles.sin())),
+            fixed=(source.normal(0),),
+        )
+
+    sizes = {"rows": rows * heads, "width": width, "rope": rope, "element": ELEMENT}
+    return Case("rotate_to", shape, sizes, rows, inputs)
 
 
 def mix_in(shape: str, rows: int, streams: int, hidden: int, iterations: int = 20) -> Case:
@@ -181,7 +228,7 @@ def swiglu(shape: str, rows: int, width: int, limit: float) -> Case:
 
 
 def experts(
-    shape: str, rows: int, count: int, k: int, hidden: int, inner: int, *, limit: float, narrow: bool = False
+    shape: str, rows: int, count: int, k: int, hidden: int, inner: int, *, limit: float, form: str = "float32"
 ) -> Case:
     """Every token chooses k of `count` experts, each as often as the others."""
 
@@ -189,7 +236,7 @@ def experts(
         ids = torch.stack([source.order(count)[:k] for _ in range(rows)])
         by = torch.softmax(source.normal(rows, k), -1) * ROUTED_SCALE
         given = (source.normal(rows, hidden), ids, Wide(by))
-        weights = (_weight(source, narrow, count, 2 * inner, hidden), _weight(source, narrow, count, hidden, inner))
+        weights = (_weight(source, form, count, 2 * inner, hidden), _weight(source, form, count, hidden, inner))
 
         def call(kernels: Kernels, up: Weight, down: Weight, x: Tensor, ids: Tensor, by: Tensor) -> Tensor:
             return kernels.experts(x, ids, by, up, down, limit)
@@ -197,7 +244,7 @@ def experts(
         return over_rows(call, given, weights=weights)
 
     sizes = {"rows": rows, "k": k, "hidden": hidden, "inner": inner, "used_experts": min(count, rows * k)}
-    return Case("experts", shape, sizes | {"element": ELEMENT, "weight_element": 2 if narrow else 4}, rows, inputs)
+    return Case("experts", shape, sizes | {"element": ELEMENT, "weight_element": WEIGHT_BYTES[form]}, rows, inputs)
 
 
 def rounding(op: str, shape: str, rows: int, width: int, rope: int = 0) -> Case:
@@ -209,3 +256,20 @@ def rounding(op: str, shape: str, rows: int, width: int, rope: int = 0) -> Case:
         return over_rows(lambda kernels, x: getattr(kernels, op)(x, *arguments), (x,))
 
     return Case(op, shape, {"rows": rows, "width": width, "element": ELEMENT}, rows, inputs)
+
+
+def sample(shape: str, rows: int, vocab: int, how: str) -> Case:
+    """`how`: greedy, plain (the temperature alone), or truncated (by everything, in some rows)."""
+
+    def inputs(source: Source) -> Bind:
+        logits = source.normal(rows, vocab) * 4
+        temperature, top_k, top_p, min_p, uniform = source.integers(0, 1 << 24, rows, 5).div(1 << 24).unbind(1)
+        temperature = temperature * 2 * (how != "greedy")
+        off, some = torch.tensor([0.0, 1.0, 0.0]), torch.stack([(top_k * vocab / 4).ceil(), top_p, min_p**3], 1)
+        truncated = torch.where(source.integers(0, 2, rows, 3).bool() & (how == "truncated"), some, off)
+        controls = torch.cat([temperature[:, None], truncated, uniform[:, None]], 1)
+        return over_rows(
+            lambda kernels, logits, controls: kernels.sample(logits, controls.double()), (logits, Wide(controls))
+        )
+
+    return Case("sample", shape, {"rows": rows, "vocab": vocab}, rows, inputs)

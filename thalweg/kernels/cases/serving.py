@@ -1,6 +1,7 @@
 """What a GPU that serves a model at full width asks of each op: decode steps and a prefill chunk at growing context.
 
-Activations are bfloat16, KV rows 584 bytes, index keys FP4: the formats in which V4 is served.
+Activations are bfloat16, experts FP4, other matrices FP8 but for the head, KV rows 584 bytes, index keys FP4: the
+formats in which V4 is released and served.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from thalweg.config.model import ModelConfig
 from thalweg.kernels.cases import caches, rows, stored
 from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
+from thalweg.kernels.cases.workloads import inserted
 from thalweg.kernels.spec import OPS
 
 CONTEXTS = {"8K": 1 << 13, "128K": 1 << 17, "1M": 1 << 20}
@@ -24,7 +26,7 @@ _INDEX = {form.name: form for form in stored.INDEX_FORMATS[2:]}
 
 def serving_cases(config: ModelConfig) -> list[Case]:
     """In the order of spec.py. A shape is named by its step first and, where context matters, by that last."""
-    makers = (_products, _elements, _mixes, _index, _attention, _experts, _stored)
+    makers = (_products, _elements, _mixes, _index, _attention, _experts, _stored, _samples)
     order = [spec.name for spec in OPS]
     made = (case for make in makers for case in make(config))
     return sorted((_served(case) for case in made), key=lambda case: order.index(case.op))
@@ -49,22 +51,24 @@ def _products(config: ModelConfig) -> Iterator[Case]:
     }
     for step, count in STEPS.items():
         for name, (width, outputs) in shapes.items():
-            yield rows.linear(
-                f"{step}, {name} {width} to {outputs}, bfloat16 weights", count, width, outputs, narrow=True
-            )
+            yield rows.linear(f"{step}, {name} {width} to {outputs}, fp8 weights", count, width, outputs, form="fp8")
         groups, outputs = config.o_groups, config.o_lora_rank
-        shape = f"{step}, {groups} times {heads // groups} to {outputs}, bfloat16 weights"
-        yield rows.grouped_linear(shape, count, groups, heads // groups, outputs, narrow=True)
+        shape = f"{step}, {groups} times {heads // groups} to {outputs}, fp8 weights"
+        yield rows.grouped_linear(shape, count, groups, heads // groups, outputs, form="fp8")
         if count != CHUNK:  # logits are wanted of single tokens
             shape = f"{step}, head {hidden} to {config.vocab_size}, bfloat16 weights"
-            yield rows.linear(shape, count, hidden, config.vocab_size, narrow=True)
+            yield rows.linear(shape, count, hidden, config.vocab_size, form="bfloat16")
 
 
 def _elements(config: ModelConfig) -> Iterator[Case]:
     hidden, heads, width, rope = config.hidden_size, config.num_attention_heads, config.head_dim, config.rope_dim
     for step, count in STEPS.items():
         yield rows.rms_norm(f"{step}, hidden {hidden}", count, hidden)
-        yield rows.rotate(f"{step}, {heads} heads of {width}", count, heads, width, rope)
+        shape = f"{step}, {heads} heads of {width}"
+        yield rows.rotate(shape, count, heads, width, rope)
+        yield rows.norm_rotate(shape, count, heads, width, rope, weighted=False)
+        yield rows.norm_rotate(f"{step}, {width}", count, 1, width, rope, weighted=True)
+        yield rows.rotate_to(shape, count, heads, width, rope)
         yield rows.swiglu(
             f"{step}, {config.moe_intermediate_size}", count, config.moe_intermediate_size, config.swiglu_limit
         )
@@ -85,6 +89,7 @@ def _mixes(config: ModelConfig) -> Iterator[Case]:
         for tokens, overlap in ((config.csa_ratio, True), (config.hca_ratio, False)):
             shape = f"{step}, {tokens} tokens of {config.head_dim}"
             yield rows.compress(shape, max(1, count // tokens), tokens, config.head_dim, overlap=overlap)
+            yield from inserted(config, step, max(1, count // tokens), tokens)
 
 
 def _index(config: ModelConfig) -> Iterator[Case]:
@@ -112,8 +117,8 @@ def _experts(config: ModelConfig) -> Iterator[Case]:
     for step, count in STEPS.items():
         yield rows.route(f"{step}, {k} of {config.num_experts}", count, config.num_experts, k)
         made = min(config.num_experts, count * k)
-        shape = f"{step}, {k} of {made} times {hidden} to {inner}, bfloat16 weights"
-        yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, narrow=True)
+        shape = f"{step}, {k} of {made} times {hidden} to {inner}, fp4 weights"
+        yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, form="fp4")
 
 
 def _stored(config: ModelConfig) -> Iterator[Case]:
@@ -123,3 +128,10 @@ def _stored(config: ModelConfig) -> Iterator[Case]:
         yield stored.read_rows(f"{step}, {_KV.name} KV {width}", _KV, count, width, rope)
         for name, form in _INDEX.items():
             yield stored.store_rows(f"{step}, {name} keys {config.index_head_dim}", form, count, config.index_head_dim)
+
+
+def _samples(config: ModelConfig) -> Iterator[Case]:
+    for step, count in STEPS.items():
+        if count != CHUNK:
+            yield rows.sample(f"{step}, {config.vocab_size} logits", count, config.vocab_size, "plain")
+            yield rows.sample(f"{step}, {config.vocab_size} logits, truncated", count, config.vocab_size, "truncated")

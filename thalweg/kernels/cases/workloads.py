@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from thalweg.config.model import ModelConfig
 from thalweg.config.model_parse import load_model_config
-from thalweg.kernels.cases import caches, rows, stored
+from thalweg.kernels.cases import caches, entries, rows, stored
 from thalweg.kernels.cases.caches import Heads, Span
 from thalweg.kernels.cases.case import Case
 from thalweg.kernels.spec import OPS
 
+WIDE_FORMS = ("float32", "bfloat16")  # of weights: on a CPU narrower ones are widened when they are loaded
 MODELS = ("default", "race", "flash")
 DECODE, BATCH, CHUNK = 1, 8, 1024
 SHORT, LONG = 1 << 16, 1 << 20  # tokens of context
@@ -48,7 +49,7 @@ def _race() -> ModelConfig:
 
 def workloads(config: ModelConfig) -> list[Case]:
     """Every op at least once, in the order of spec.py."""
-    makers = (_linear, _grouped, _elements, _mixes, _compress, _index, _attention, _experts, _stored)
+    makers = (_linear, _grouped, _elements, _mixes, _compress, _index, _attention, _experts, _stored, _samples)
     order = [spec.name for spec in OPS]
     return sorted((case for make in makers for case in make(config)), key=lambda case: order.index(case.op))
 
@@ -67,19 +68,17 @@ def _linear(config: ModelConfig) -> Iterator[Case]:
         for count, step in _NAMES.items():
             if name == "head" and count == CHUNK:  # logits are wanted of single tokens
                 continue
-            for narrow in (False, True):
-                shape = f"{step}, {name} {width} to {outputs}, {'bfloat16' if narrow else 'float32'} weights"
-                yield rows.linear(shape, count, width, outputs, narrow=narrow)
+            for form in WIDE_FORMS:
+                shape = f"{step}, {name} {width} to {outputs}, {form} weights"
+                yield rows.linear(shape, count, width, outputs, form=form)
 
 
 def _grouped(config: ModelConfig) -> Iterator[Case]:
     width, outputs = config.num_attention_heads * config.head_dim // config.o_groups, config.o_lora_rank
     for count, step in _NAMES.items():
-        for narrow in (False, True):
-            shape = (
-                f"{step}, {config.o_groups} times {width} to {outputs}, {'bfloat16' if narrow else 'float32'} weights"
-            )
-            yield rows.grouped_linear(shape, count, config.o_groups, width, outputs, narrow=narrow)
+        for form in WIDE_FORMS:
+            shape = f"{step}, {config.o_groups} times {width} to {outputs}, {form} weights"
+            yield rows.grouped_linear(shape, count, config.o_groups, width, outputs, form=form)
 
 
 def _elements(config: ModelConfig) -> Iterator[Case]:
@@ -87,7 +86,11 @@ def _elements(config: ModelConfig) -> Iterator[Case]:
     for count, step in _NAMES.items():
         yield rows.rms_norm(f"{step}, hidden {hidden}", count, hidden)
         yield rows.rms_norm(f"{step}, {heads} heads of {width}", count * heads, width, weighted=False)
-        yield rows.rotate(f"{step}, {heads} heads of {width}", count, heads, width, rope)
+        shape = f"{step}, {heads} heads of {width}"
+        yield rows.rotate(shape, count, heads, width, rope)
+        yield rows.norm_rotate(shape, count, heads, width, rope, weighted=False)
+        yield rows.norm_rotate(f"{step}, {width}", count, 1, width, rope, weighted=True)
+        yield rows.rotate_to(shape, count, heads, width, rope)
         yield rows.swiglu(
             f"{step}, {config.moe_intermediate_size}", count, config.moe_intermediate_size, config.swiglu_limit
         )
@@ -114,9 +117,21 @@ def _mixes(config: ModelConfig) -> Iterator[Case]:
 
 def _compress(config: ModelConfig) -> Iterator[Case]:
     for tokens, overlap in ((config.csa_ratio, True), (config.hca_ratio, False)):
-        for entries, step in ((1, "one entry"), (CHUNK // tokens, "prefill 1024")):
+        for count, step in ((1, "one entry"), (CHUNK // tokens, "prefill 1024")):
             shape = f"{step}, {tokens} tokens of {config.head_dim}"
-            yield rows.compress(shape, entries, tokens, config.head_dim, overlap=overlap)
+            yield rows.compress(shape, count, tokens, config.head_dim, overlap=overlap)
+            yield from inserted(config, step, count, tokens)
+
+
+def inserted(config: ModelConfig, step: str, count: int, tokens: int) -> Iterator[Case]:
+    """Entries of one compressor, and the index keys beside them, in the formats that are served."""
+    overlap = tokens == config.csa_ratio
+    groups = [("KV", entries.KV_ROUNDINGS[-1], config.head_dim)]
+    if overlap:
+        groups.append(("keys", entries.INDEX_ROUNDINGS[-1], config.index_head_dim))
+    for name, form, width in groups:
+        shape, rope = f"{step}, {tokens} tokens of {width}, {form[0].name} {name}", config.rope_dim
+        yield entries.insert_entries(shape, form, count, tokens, width, rope, overlap=overlap, steady=False)
 
 
 def _steps() -> Iterator[tuple[str, tuple[Span, ...]]]:
@@ -157,9 +172,9 @@ def _experts(config: ModelConfig) -> Iterator[Case]:
     for count, step in _NAMES.items():
         yield rows.route(f"{step}, {k} of {config.num_experts}", count, config.num_experts, k)
         made = min(fit, config.num_experts if count == CHUNK else count * k)
-        for narrow in (False, True):
-            shape = f"{step}, {k} of {made} times {hidden} to {inner}, {'bfloat16' if narrow else 'float32'} weights"
-            yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, narrow=narrow)
+        for form in WIDE_FORMS:
+            shape = f"{step}, {k} of {made} times {hidden} to {inner}, {form} weights"
+            yield rows.experts(shape, count, made, k, hidden, inner, limit=config.swiglu_limit, form=form)
 
 
 def _stored(config: ModelConfig) -> Iterator[Case]:
@@ -171,3 +186,10 @@ def _stored(config: ModelConfig) -> Iterator[Case]:
         form = stored.INDEX_FORMATS[-1]
         yield stored.store_rows(f"{step}, {form.name} keys {index}", form, count, index)
         yield stored.read_rows(f"{step}, {form.name} keys {index}", form, count, index)
+
+
+def _samples(config: ModelConfig) -> Iterator[Case]:
+    for count, step in _NAMES.items():
+        if count != CHUNK:
+            yield rows.sample(f"{step}, {config.vocab_size} logits", count, config.vocab_size, "plain")
+            yield rows.sample(f"{step}, {config.vocab_size} logits, truncated", count, config.vocab_size, "truncated")

@@ -31,6 +31,7 @@ from thalweg.kernels.cpu.library import Library, address
 MOST_SHAPES = 64  # of steps that are remembered, the latest used; about 100 KB each
 ROOM = 64 << 20  # bytes for what lies between the kernels of a step: the shapes share it, as steps follow each other
 _ALIGNMENT = 64
+_INT_BYTES = 8
 _log = logging.getLogger("thalweg.kernels")
 Place = tuple[int, int]  # address and bytes
 _aten = torch.ops.aten
@@ -45,7 +46,7 @@ def place(tensor: Tensor) -> Place:
 
 
 def place_of_ints(ints: Ints) -> Place:
-    return ints.address, len(ints) * ints.memory.itemsize
+    return ints.address, len(ints) * _INT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,15 +267,6 @@ class _Recording(TorchDispatchMode):
             self._library.gather_rows(x.data_ptr(), _stride(x), address(rows), len(rows), _row_bytes(x), address(out))
         return out
 
-    def _index_copy(self, x: Tensor, dim: int, rows: Tensor, source: Tensor) -> Tensor | None:
-        if dim != 0 or x.dtype is not source.dtype or not (_is_rows(x) and _is_rows(source)):
-            return None
-        if len(rows):
-            self._library.scatter_rows(
-                source.data_ptr(), _stride(source), address(rows), len(rows), _row_bytes(x), x.data_ptr(), _stride(x)
-            )
-        return x
-
     def _cat(self, parts: list[Tensor], dim: int = 0) -> Tensor | None:
         if dim != 0 or not all(_is_rows(part) and part.dtype is parts[0].dtype for part in parts):
             return None
@@ -326,7 +318,6 @@ _GLUE: dict[Any, Callable[..., Tensor | None]] = {
     _aten.add.Tensor: _Recording._add,
     _aten.mul.Tensor: _Recording._multiply,
     _aten.index.Tensor: _Recording._index,
-    _aten.index_copy_.default: _Recording._index_copy,
     _aten.cat.default: _Recording._cat,
     _aten.pad.default: _Recording._pad,
     _aten.constant_pad_nd.default: lambda own, x, sides, value=0: own._pad(x, sides, "constant", value),

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from thalweg.kernels.arguments import Weight
+from thalweg.kernels.arguments import Matrix, Quantised, Weight
 from thalweg.kernels.cpu.library import Library, address, wide
+from thalweg.kernels.reference.linear import widened
 
 
-def pack(library: Library, weight: Tensor) -> Weight:
+def pack(library: Library, weight: Matrix) -> Weight:
     """Panels [..., panels, K, 2 * lanes], the last one filled up with zeros. bfloat16 stays bfloat16, column i beside
-    column lanes + i; anything else becomes fp32."""
+    column lanes + i, and so does what is exact in it; anything else becomes fp32."""
+    weight = widened(weight).bfloat16() if isinstance(weight, Quantised) else weight
     lanes = library.lanes
     rows = F.pad(weight, (0, 0, 0, -weight.shape[-2] % (2 * lanes))).unflatten(-2, (-1, 2, lanes))
     if weight.dtype is torch.bfloat16:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thalweg.kernels.cpu.library import Library, address, wide
+from thalweg.kernels.cpu.norm import rms_norm
 from thalweg.kernels.reference import rotary
 
 
@@ -17,3 +18,11 @@ def rotate(library: Library, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads = x.numel() // max(1, tokens * width)
     library.rotate(address(x), address(cos), address(sin), tokens, heads, width, cos.shape[1], library.threads)
     return x
+
+
+def norm_rotate(library: Library, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(library, rms_norm(library, x, weight, eps), cos, sin)
+
+
+def rotate_to(library: Library, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    return rotate(library, x, cos, sin).to(dtype)

@@ -10,8 +10,8 @@ from thalweg.kernels.reference.backend import reference_kernels
 
 
 def deterministic_kernels() -> Kernels:
-    """Bit-equal rows in any company, on a CPU. rms_norm, rotate and the roundings are the reference's: they compute
-    element by element, and torch sums each row of the last axis by itself."""
+    """Bit-equal rows in any company, on a CPU. Norms, rotations, draws and roundings are the reference's: they compute
+    element by element or row by row, and torch sums each row of the last axis by itself."""
     return replace(
         reference_kernels(),
         linear=linear.linear,
@@ -20,6 +20,7 @@ def deterministic_kernels() -> Kernels:
         mix_out=hyper_connection.mix_out,
         mix_head=hyper_connection.mix_head,
         compress=compressor.compress,
+        insert_entries=compressor.insert_entries,
         index_topk=indexer.index_topk,
         attention=attention.attention,
         route=moe.route,

@@ -14,6 +14,7 @@ from thalweg.kernels.reference import (
     quantize,
     rotary,
     rows,
+    sampling,
 )
 
 
@@ -25,10 +26,13 @@ def reference_kernels() -> Kernels:
         grouped_linear=linear.grouped_linear,
         rms_norm=norm.rms_norm,
         rotate=rotary.rotate,
+        norm_rotate=rotary.norm_rotate,
+        rotate_to=rotary.rotate_to,
         mix_in=hyper_connection.mix_in,
         mix_out=hyper_connection.mix_out,
         mix_head=hyper_connection.mix_head,
         compress=compressor.compress,
+        insert_entries=compressor.insert_entries,
         index_topk=indexer.index_topk,
         attention=attention.attention,
         route=moe.route,
@@ -39,4 +43,5 @@ def reference_kernels() -> Kernels:
         round_index_fp8=quantize.round_index_fp8,
         store_rows=rows.store_rows,
         read_rows=rows.read_rows,
+        sample=sampling.sample,
     )

@@ -5,13 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thalweg.kernels.arguments import EntryTarget, RowRounding, Windows
+from thalweg.kernels.reference.quantize import round_index, round_index_fp8, round_kv
+from thalweg.kernels.reference.rotary import norm_rotate
+from thalweg.kernels.reference.rows import store_rows
+
 
 def compress(rows: Tensor, own: Tensor, previous_rows: Tensor | None = None, previous: Tensor | None = None) -> Tensor:
-    value, gate = windows(rows, own, previous_rows, previous)
+    value, gate = values_and_gates(rows, own, previous_rows, previous)
     return (torch.softmax(gate, 1) * value).sum(1)
 
 
-def windows(rows: Tensor, own: Tensor, previous_rows: Tensor | None, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+def insert_entries(windows: Windows, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
+    insert_pooled(compress(*tokens(windows)), weight, eps, cos, sin, target)
+
+
+def insert_pooled(pooled: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
+    """What follows pooling."""
+    entries = norm_rotate(pooled.to(weight.dtype), weight, eps, cos, sin)
+    match target.rounding:
+        case RowRounding.KV:
+            entries = round_kv(entries, target.stored.rope_dim)
+        case RowRounding.INDEX:
+            entries = round_index(entries)
+        case RowRounding.INDEX_FP8:
+            entries = round_index_fp8(entries)
+        case RowRounding.NONE:
+            pass
+    store_rows(target.stored, target.slots, entries)
+
+
+def tokens(windows: Windows) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The arguments of `compress`."""
+    before = None if windows.rows_before is None else windows.rows_before.joined()
+    return windows.rows.joined(), windows.own, before, windows.previous
+
+
+def values_and_gates(
+    rows: Tensor, own: Tensor, previous_rows: Tensor | None, previous: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Values and gates [E, tokens, dim] of the tokens that each entry pools; absent ones have gate -inf."""
     value, gate = rows[own].chunk(2, -1)
     if previous_rows is not None and previous is not None:

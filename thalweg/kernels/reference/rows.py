@@ -9,7 +9,8 @@ from thalweg.kernels.reference import quantize
 
 
 def store_rows(stored: StoredRows, slots: Tensor, rows: Tensor) -> None:
-    stored.data.index_copy_(0, slots, _packed(stored, rows))
+    kept = slots >= 0
+    stored.data.index_copy_(0, slots[kept], _packed(stored, rows[kept]))
 
 
 def read_rows(stored: StoredRows, slots: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def _kernels() -> Kernels:
         quantize,
         rotary,
         rows,
+        sampling,
     )
 
     return Kernels(
@@ -74,10 +75,13 @@ def _kernels() -> Kernels:
         grouped_linear=linear.grouped_linear,
         rms_norm=norm.rms_norm,
         rotate=rotary.rotate,
+        norm_rotate=rotary.norm_rotate,
+        rotate_to=rotary.rotate_to,
         mix_in=hyper_connection.mix_in,
         mix_out=hyper_connection.mix_out,
         mix_head=hyper_connection.mix_head,
         compress=compressor.compress,
+        insert_entries=compressor.insert_entries,
         index_topk=indexer.index_topk,
         attention=attention.attention,
         route=moe.route,
@@ -88,4 +92,5 @@ def _kernels() -> Kernels:
         round_index_fp8=quantize.round_index_fp8,
         store_rows=rows.store_rows,
         read_rows=rows.read_rows,
+        sample=sampling.sample,
     )

@@ -62,9 +62,10 @@ def every_launch(config: ModelConfig) -> list[Launch]:
         quantize,
         rotary,
         rows,
+        sampling,
     )
 
-    files = (attention, compressor, hyper_connection, indexer, linear, moe, norm, quantize, rotary, rows)
+    files = (attention, compressor, hyper_connection, indexer, linear, moe, norm, quantize, rotary, rows, sampling)
     return [launch for file in files for launch in file.launches(config)]
 
 

@@ -51,7 +51,7 @@ const Kernel KERNELS[] = {
     KERNEL(experts),     KERNEL(fill_rows),   KERNEL(gather_rows),  KERNEL(index_topk), KERNEL(linear),
     KERNEL(mix_head),    KERNEL(mix_in),      KERNEL(mix_out),      KERNEL(multiply),   KERNEL(narrow),
     KERNEL(read_rows),   KERNEL(reading),     KERNEL(rms_norm),     KERNEL(rotate),     KERNEL(round_rows),
-    KERNEL(route),       KERNEL(scatter_rows), KERNEL(store_rows),  KERNEL(swiglu),     KERNEL(widen),
+    KERNEL(route),       KERNEL(store_rows),   KERNEL(swiglu),     KERNEL(widen),
 };
 constexpr long COUNT = sizeof(KERNELS) / sizeof(KERNELS[0]);
 

@@ -21,11 +21,6 @@ void thalweg_gather_rows(const char* from, long from_stride, const int64_t* ids,
     for (long i = 0; i < rows; i++) memcpy(to + i * bytes, from + ids[i] * from_stride, bytes);
 }
 
-void thalweg_scatter_rows(const char* from, long from_stride, const int64_t* ids, long rows, long bytes, char* to,
-                          long to_stride) {
-    for (long i = 0; i < rows; i++) memcpy(to + ids[i] * to_stride, from + i * from_stride, bytes);
-}
-
 // `count` elements of each row, of 4 or 8 bytes: the low ones of `bits`.
 void thalweg_fill_rows(long bits, long element, long rows, long count, char* to, long to_stride) {
     for (long row = 0; row < rows; row++)

@@ -47,8 +47,6 @@ void thalweg_rotate(float* x, const float* cosines, const float* sines, long tok
 void thalweg_round_rows(const float* rows, long count, long format, long width, long rope, float* out, long threads);
 void thalweg_route(const float* logits, const float* bias, long tokens, long experts, long k, float scale, long given,
                    int64_t* ids, float* weights, long threads);
-void thalweg_scatter_rows(const char* from, long from_stride, const int64_t* ids, long rows, long bytes, char* to,
-                          long to_stride);
 void thalweg_store_rows(const void* rows, long narrow, long count, const int64_t* slots, uint8_t* data, long stride,
                         long format, long width, long rope, long threads);
 void thalweg_swiglu(const float* gate, const float* up, long count, float limit, float* out, long threads);

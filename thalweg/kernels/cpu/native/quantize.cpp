@@ -389,11 +389,13 @@ void unpack(const uint8_t* row, Shape shape, long format, float* to) {
 
 extern "C" {
 
-// Row i of rows [count, width], floats or bfloat16, into slot slots[i] of data, whose rows lie `stride` bytes apart.
+// Row i of rows [count, width], floats or bfloat16, into slot slots[i] of data, whose rows lie `stride` bytes apart; of
+// a negative slot nothing is written.
 void thalweg_store_rows(const void* rows, long narrow, long count, const int64_t* slots, uint8_t* data, long stride,
                         long format, long width, long rope, long threads) {
     const Shape shape{width, rope};
     each(count, threads, count * width > SPLIT_FROM, [=](long i) {
+        if (slots[i] < 0) return;
         uint8_t* const to = data + slots[i] * stride;
         if (narrow)
             pack((const uint16_t*)rows + i * width, shape, format, to);
