@@ -76,6 +76,8 @@ def _verdict(advice: Advice, scores: Sequence[Score]) -> str:
             f"Step prices are {escape(origins_text(best))}.",
             *(escape(note[0].upper() + note[1:]) + "." for note in best.notes),
         ]
+    if advice.sure is not None:
+        lines.append(f"The best that rests on nothing unclaimed: {escape(str(advice.sure.candidate))}.")
     lines += [f'<span class="soft">{escape(line)}</span>' for line in accuracy_lines(scores)]
     return f'<div class="verdict">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
 

@@ -77,9 +77,7 @@ def run(
     if csv_file is not None:
         _written(csv_file, lambda path: _write_csv(path, advice))
     if html is not None:
-        from thalweg.cli.plan_page import page
-
-        _written(html, lambda path: path.write_text(page(advice, scores, comparisons), encoding="utf-8"))
+        _written(html, lambda path: _write_page(path, advice, scores, comparisons))
     if out_config is not None:
         _written(out_config, lambda path: _write_config(path, advice))
     if as_json:
@@ -160,6 +158,12 @@ def row_of(rank: int, verdict: Verdict) -> dict[str, Any]:
         verdict.origins[Origin.EXTRAPOLATED], verdict.origins[Origin.BOUND],
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def _write_page(path: Path, advice: Advice, scores: Sequence[Score], comparisons: Sequence[Comparison]) -> None:
+    from thalweg.cli.plan_page import page
+
+    path.write_text(page(advice, scores, comparisons), encoding="utf-8")
 
 
 def _write_config(path: Path, advice: Advice) -> None:
@@ -255,6 +259,8 @@ def _print_best(advice: Advice, best: Verdict) -> None:
     print("rests on prices that are " + origins_text(best))
     for note in best.notes:
         print(f"note: {note}")
+    if advice.sure is not None:
+        print(f"the best that rests on nothing unclaimed: {advice.sure.candidate}, TTFT {_span(advice.sure.ttft)}")
 
 
 def origins_text(verdict: Verdict) -> str:

@@ -118,6 +118,12 @@ class Advice:
     def best(self) -> Verdict | None:
         return self.verdicts[0] if self.verdicts else None
 
+    @property
+    def sure(self) -> Verdict | None:
+        """The best of those that rest on nothing unclaimed, if that is another one."""
+        found = next((verdict for verdict in self.verdicts if not verdict.notes), None)
+        return None if found is self.best else found
+
 
 class ScaledCost:
     """Another cost, times a factor: an end of its interval."""
