@@ -139,7 +139,8 @@ def _pictures(advice: Advice, best: Verdict) -> list[str]:
                 "takes for one running request of a whole step."),
         _figure("Where a step's time goes", charts.steps(curves.step_parts(platform, chosen)), "Predicted parts, one "
                 "after the other, and what the hardware's peaks allow. A flag says that a decode gets faster as its "
-                "context grows: another kernel path, or rows that contradict each other."),
+                "context grows: another kernel path, or rows that contradict each other. "
+                "Over 100%: the tables' rows beat this simple form of the limit."),
         _figure("Rates of decoding", charts.pareto(curves.pareto(platform, chosen)), "Best layouts and batches that "
                 "memory holds, decodes alone. More than 16 decodes at once were measured nowhere: not claimed."),
         _figure("Which layout when", charts.crossover(*curves.crossover(platform, chosen, advice.demand.hit_rate)),

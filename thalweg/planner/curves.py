@@ -173,6 +173,7 @@ def step_parts(platform: Platform, chosen: Candidate) -> dict[str, list[StepPart
         found[name] = [
             StepPart(part, estimate.seconds, bounds[part].seconds, _flag(cost, part) if work.decodes else "")
             for part, estimate in cost.parts(work).items()
+            if estimate.seconds
         ]
     return found
 
