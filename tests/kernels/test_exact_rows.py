@@ -25,7 +25,8 @@ def rows_alone_equal(compute: Callable[..., Tensor | tuple[Tensor, ...]], *input
     total = len(inputs[0])
     whole = compute(*inputs)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(8))
-    batches = [order, *(torch.arange(s, e) for s, e in ((0, 1), (total - 1, total), (1, 3), (2, 34), (5, total)))]
+    spans = ((0, 1), (total - 1, total), (1, 3), (2, min(34, total)), (5, total))
+    batches = [order, *(torch.arange(begin, end) for begin, end in spans)]
     for rows in batches:
         part = compute(*(x[rows] for x in inputs))
         for a, b in zip(as_tuple(part), as_tuple(whole), strict=True):

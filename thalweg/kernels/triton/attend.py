@@ -45,7 +45,7 @@ def _folded(maximum, denominator, m, z, last):
 def _taken_in(q, rows, seen, scale, always, m, z, acc):
     """The softmax of a chunk with one more tile of rows [T, d]."""
     s = tl.dot(q, tl.trans(rows), input_precision="ieee")
-    p, faded = tl.zeros_like(s), m
+    p, faded = s, m  # no zeros, which would stay in registers all along
     # A condition that is always met, and that the compiler cannot see through: without it Triton takes the two products
     # for a chain, gives each warp whole rows of s, and both warpgroups of Hopper compute all of it (68 HGMMA for 132).
     if always:
@@ -72,10 +72,16 @@ def _quarters(acc, HEADS_AT_ONCE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _columns(QUARTER: tl.constexpr, PADDED: tl.constexpr):
-    """[2, d / 8]: the columns of a quarter."""
+def _offsets(QUARTER: tl.constexpr, HEADS_AT_ONCE: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr):
+    """[H / 8, 8, 2, d / 8] int32: places of a quarter's values, their heads and their columns.
+
+    Heads are two numbers because a thread then has one address and adds constants to it, not one for each of its heads.
+    """
     START: tl.constexpr = (QUARTER // 2) * (PADDED // 4) + (QUARTER % 2) * (PADDED // 8)
-    return tl.arange(0, 2)[:, None] * (PADDED // 2) + START + tl.arange(0, PADDED // 8)[None, :]
+    head = (tl.arange(0, HEADS_AT_ONCE // 8) * 8)[:, None, None, None] + tl.arange(0, 8)[None, :, None, None]
+    half, column = tl.arange(0, 2)[None, None, :, None], tl.arange(0, PADDED // 8)[None, None, None, :]
+    column = half * (PADDED // 2) + START + column
+    return head * STRIDE + column, head, column
 
 
 @triton.jit
@@ -92,24 +98,40 @@ def _add(
     PADDED: tl.constexpr,
 ):
     """A quarter of a chunk's sum into the total that lies at `at`."""
-    head = tl.arange(0, acc.shape[0])[:, None, None]
-    column = _columns(QUARTER, PADDED)[None, :, :]
-    at += head * WIDTH + column
+    HEADS_AT_ONCE: tl.constexpr = acc.shape[0]
+    place, head, column = _offsets(QUARTER, HEADS_AT_ONCE, WIDTH, PADDED)
+    at += place
+    acc = tl.reshape(acc, [HEADS_AT_ONCE // 8, 8, 2, PADDED // 8])
+    old_factor = tl.reshape(old_factor, [HEADS_AT_ONCE // 8, 8, 1, 1])
+    factor = tl.reshape(factor, [HEADS_AT_ONCE // 8, 8, 1, 1])
     if EVEN:
         total = tl.load(at, mask=again, other=0.0)
-        total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
-        tl.store(at, total)
+        tl.store(at, tl.fma(total, old_factor, acc * factor))
     else:
         kept = (head < heads) & (column < WIDTH)
         total = tl.load(at, mask=kept & again, other=0.0)
-        total = tl.fma(total, old_factor[:, None, None], acc * factor[:, None, None])
-        tl.store(at, total, mask=kept)
+        tl.store(at, tl.fma(total, old_factor, acc * factor), mask=kept)
 
 
 @triton.jit
 def _put(at, acc, QUARTER: tl.constexpr, PADDED: tl.constexpr):
     """A quarter of a chunk's sum into the workspace."""
-    tl.store(at + (tl.arange(0, acc.shape[0])[:, None, None] * PADDED + _columns(QUARTER, PADDED)[None, :, :]), acc)
+    HEADS_AT_ONCE: tl.constexpr = acc.shape[0]
+    place, _, _ = _offsets(QUARTER, HEADS_AT_ONCE, PADDED, PADDED)
+    tl.store(at + place, tl.reshape(acc, [HEADS_AT_ONCE // 8, 8, 2, PADDED // 8]))
+
+
+@triton.jit
+def _set(at, acc, QUARTER: tl.constexpr, factor, heads, EVEN: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """A quarter of the only chunk. Heads are one number: as two, without a total to read, Blackwell's build spills."""
+    START: tl.constexpr = (QUARTER // 2) * (PADDED // 4) + (QUARTER % 2) * (PADDED // 8)
+    head = tl.arange(0, acc.shape[0])[:, None, None]
+    column = tl.arange(0, 2)[None, :, None] * (PADDED // 2) + START + tl.arange(0, PADDED // 8)[None, None, :]
+    acc *= factor[:, None, None]
+    if EVEN:
+        tl.store(at + (head * WIDTH + column), acc)
+    else:
+        tl.store(at + (head * WIDTH + column), acc, mask=(head < heads) & (column < WIDTH))
 
 
 @triton.jit
@@ -134,11 +156,16 @@ def _finished(
     """A chunk done: fold it into the total, or leave it in the workspace. Returns maximum and denominator so far."""
     HEADS_AT_ONCE: tl.constexpr = acc.shape[0]
     a, b, c, d = _quarters(acc, HEADS_AT_ONCE, PADDED)
-    if ALONE or tl.num_programs(1) == 1:
+    if ALONE:
+        maximum, denominator, old, new = _folded(maximum, denominator, m, z, True)
+        _set(row_at, a, 0, new, heads, EVEN, WIDTH, PADDED)
+        _set(row_at, b, 1, new, heads, EVEN, WIDTH, PADDED)
+        _set(row_at, c, 2, new, heads, EVEN, WIDTH, PADDED)
+        _set(row_at, d, 3, new, heads, EVEN, WIDTH, PADDED)
+    elif tl.num_programs(1) == 1:
         maximum, denominator, old, new = _folded(maximum, denominator, m, z, chunk + 1 == count)
-        again = (chunk > 0) & (not ALONE)
-        if not ALONE:
-            tl.debug_barrier()  # threads read back what others of this program wrote
+        again = chunk > 0
+        tl.debug_barrier()  # threads read back what others of this program wrote
         _add(row_at, a, 0, old, new, again, heads, EVEN, WIDTH, PADDED)
         _add(row_at, b, 1, old, new, again, heads, EVEN, WIDTH, PADDED)
         _add(row_at, c, 2, old, new, again, heads, EVEN, WIDTH, PADDED)
@@ -266,13 +293,12 @@ def attend(
             begin = (chunk - 1) * CHUNK
             own_blocks = blocks + tl.load(entry_offsets + s)
             for start in tl.range(begin, tl.minimum(begin + CHUNK, entries), TILE, disable_licm=True):
-                number = start + lane
                 if MODE == _ALL:
-                    entry = number
-                    seen = number < entries
+                    entry = start + lane
+                    seen = entry < entries
                 else:
-                    entry = tl.load(selected + row.to(tl.int64) * chosen + number, mask=number < chosen, other=-1)
-                    entry = entry.to(tl.int32)
+                    own = selected + row.to(tl.int64) * chosen + start
+                    entry = tl.load(own + lane, mask=lane < entries - start, other=-1).to(tl.int32)
                     seen = entry >= 0
                 block = tl.load(own_blocks + entry // BLOCK_ROWS, mask=seen, other=0)
                 slots = block * BLOCK_ROWS + entry % BLOCK_ROWS

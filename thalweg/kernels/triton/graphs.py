@@ -17,9 +17,10 @@ class CudaGraphs:
 
     def __init__(self, compilations: Compilations) -> None:
         self._compilations = compilations
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

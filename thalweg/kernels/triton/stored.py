@@ -17,6 +17,7 @@ from torch import Tensor
 
 from thalweg.kernels.arguments import Packing, StoredRows
 from thalweg.kernels.reference.quantize import KV_BLOCK
+from thalweg.kernels.triton.tiles import INTERPRETED
 
 PLAIN, FP8_KV = 0, 1
 WORD = 8  # bytes that a packed row's address is a multiple of: what one load of a thread may take
@@ -138,10 +139,6 @@ def _fp8_kv(
     codes = tl.load(begin[:, None, None] + column[None, :, :], mask=wanted & (column < END)[None, :, :], other=0)
     scaled = there[:, None] & (block * LANES < END)[None, :]
     exponents = tl.load(begin[:, None] + (END + 2 * ROPE) + block[None, :], mask=scaled, other=0)
-    # By way of float32: from float16, to which e4m3 is unpacked, straight to bfloat16 is a conversion of a sixteenth of
-    # the rate. An exponent's own bits are its power of two; packing gives neither 0 nor 255.
-    scales = (exponents.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-    values = (codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scales[:, :, None]).to(DTYPE)
     if ROPE > 0:
         if END % LANES == 0 and ROPE <= LANES and STRIDE % 2 == 0:
             # The rotated channels are one block: as a tile of that width they are loaded once, then spread.
@@ -155,5 +152,17 @@ def _fp8_kv(
             low = tl.load(at, mask=wanted & rotated[None, :, :], other=0).to(tl.uint16)
             high = tl.load(at + 1, mask=wanted & rotated[None, :, :], other=0).to(tl.uint16)
             turned = (low | (high << 8)).to(tl.bfloat16, bitcast=True).to(DTYPE)
-        values = tl.where((column >= END)[None, :, :], turned, values)
+    # By way of float32: from float16, to which e4m3 is unpacked, straight to bfloat16 is a conversion of a sixteenth of
+    # the rate. An exponent's own bits are its power of two; packing gives neither 0 nor 255.
+    scales = (exponents.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    values = (codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scales[:, :, None]).to(DTYPE)
+    if ROPE > 0:
+        if INTERPRETED or values.dtype != tl.bfloat16 or END % LANES != 0:
+            values = tl.where((column >= END)[None, :, :], turned, values)
+        else:
+            # Two values at a time: the compiler would take pairs apart, choose, and join them again.
+            taken = tl.where(block * LANES >= END, -1, 0).to(tl.int16)[None, :, None]
+            values = tl.inline_asm_elementwise(
+                "lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [turned, values, taken], tl.bfloat16, is_pure=True, pack=2
+            )
     return tl.reshape(values, [slots.shape[0], PADDED])
