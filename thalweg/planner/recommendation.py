@@ -11,7 +11,8 @@ def config_text(advice: Advice, verdict: Verdict) -> str:
     chosen = verdict.candidate
     head = [
         f"{advice.demand.name} on {advice.platform.name}: {chosen}",
-        f"Each rank ({chosen.ranks} in all, layout {chosen.layout}, {chosen.engines} engines) is one `thalweg serve`.",
+        f"Options of one rank of {chosen.ranks}. `thalweg serve` runs layout tp1, one rank a process; others need an engine "
+        "that has them.",
         f"Nearest shipped profile: {advice.demand.profile}. Objectives: " + ("; ".join(verdict.missed) or "met"),
     ]
     kv, index = advice.platform.formats
