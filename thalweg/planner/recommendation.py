@@ -11,8 +11,8 @@ def config_text(advice: Advice, verdict: Verdict) -> str:
     chosen = verdict.candidate
     head = [
         f"{advice.demand.name} on {advice.platform.name}: {chosen}",
-        f"Options of one rank of {chosen.ranks}. `thalweg serve` runs layout tp1, one rank a process; others need an engine "
-        "that has them.",
+        f"Options of one rank of {chosen.ranks}. `thalweg serve` runs layout tp1, one rank a process; others need an "
+        "engine that has them.",
         f"Nearest shipped profile: {advice.demand.profile}. Objectives: " + ("; ".join(verdict.missed) or "met"),
     ]
     kv, index = advice.platform.formats
