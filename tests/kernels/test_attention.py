@@ -251,6 +251,8 @@ def packed(kernels: Kernels, form: StoredRows, rows: Tensor) -> tuple[StoredRows
 @pytest.mark.parametrize(("form", "op"), PACKED)
 def test_packed_rows_give_what_their_values_give(kernels: Kernels, name: str, form: StoredRows, op: str) -> None:
     """The same bits from bytes as from fp32 rows of the same values."""
+    if interpreted(kernels) and name == "chunk over several tiles":
+        pytest.skip("300 queries, a thousand times as slowly")
     scene = SCENES[name]
     queries = Segments(sums(scene.new), tuple(scene.past))
     total, results = sum(scene.new), []
@@ -286,7 +288,7 @@ KV_FORMS = [
 def test_kv_formats_at_many_widths(kernels: Kernels, form: StoredRows, selects: bool) -> None:
     """The same bits from a cache in any format, some of it unwritten, as from fp32 rows of the same values. Magnitudes
     go from subnormal codes to large ones."""
-    scene = Scene([0, 133, 2300], [40, 1, 2], 2, form.width)
+    scene = Scene([0, 133, 2300], [4 if interpreted(kernels) else 40, 1, 2], 2, form.width)
     queries = Segments(sums(scene.new), tuple(scene.past))
     query = random(sum(scene.new), HEADS, form.width, seed=6) / 4
     spread = torch.exp2(random(form.width, seed=7) * 3)
@@ -310,8 +312,8 @@ def test_kv_formats_at_many_widths(kernels: Kernels, form: StoredRows, selects: 
 
 
 @every_backend()
-@pytest.mark.parametrize("form", [None, *(form for form, _ in PACKED)])
-def test_workspace_does_not_grow_with_the_context(kernels: Kernels, form: StoredRows | None) -> None:
+@pytest.mark.parametrize(("form", "op"), [(None, ""), *PACKED])
+def test_workspace_does_not_grow_with_the_context(kernels: Kernels, form: StoredRows | None, op: str) -> None:
     """The largest temporary at 16 times the context is the same, for both ops that read the whole history."""
     peaks, count = [], 4 if interpreted(kernels) else 64
     for context in (16384, 65536) if interpreted(kernels) else (32768, 524288):
@@ -325,7 +327,9 @@ def test_workspace_does_not_grow_with_the_context(kernels: Kernels, form: Stored
         past = PastRows(plain_rows(random(WINDOW, WIDTH)), torch.arange(WINDOW - 1), (0, WINDOW - 1))
         everything = AttentionContext(queries, queries, past, paged, 4, WINDOW)
         with LargestTensor() as largest:
-            kernels.attention(random(count, HEADS, WIDTH), random(count, WIDTH), everything, random(HEADS), None)
-            kernels.index_topk(random(count, 2, WIDTH), random(count, 2), paged, queries, 4, 512)
+            if form is None or op == "attention":
+                kernels.attention(random(count, HEADS, WIDTH), random(count, WIDTH), everything, random(HEADS), None)
+            if form is None or op != "attention":
+                kernels.index_topk(random(count, 2, WIDTH), random(count, 2), paged, queries, 4, 512)
         peaks.append(largest.bytes)
     assert peaks[0] == peaks[1] > 0

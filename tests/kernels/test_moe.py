@@ -151,8 +151,11 @@ def test_every_op_has_a_specification_and_a_choice() -> None:
     fixed = select_kernels(torch.device("cpu"), deterministic=True, wanted="reference").choices
     assert [choice.op for choice in fixed] == names
     same = {choice.op for choice in fixed if choice.backend == "reference"}
-    own_rows = {"pack", "rms_norm", "rotate", "round_kv", "round_index", "round_index_fp8", "store_rows", "read_rows"}
-    assert same == {*own_rows, "sample"} and len({choice.reason for choice in fixed}) == 2
+    own_rows = {"pack", "rms_norm", "rotate", "norm_rotate", "rotate_to", "store_rows", "read_rows", "sample"}
+    assert (
+        same == {*own_rows, "round_kv", "round_index", "round_index_fp8"}
+        and len({choice.reason for choice in fixed}) == 2
+    )
     with pytest.raises(ConfigError, match=r"deterministic: .* cuda"):
         select_kernels(torch.device("cuda"), deterministic=True)
 
