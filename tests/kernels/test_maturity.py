@@ -19,7 +19,9 @@ from thalweg.kernels.maturity import DTYPES, Evidence, maturity, read_evidence
 from thalweg.kernels.published import published
 from thalweg.kernels.reference.backend import reference_kernels
 from thalweg.kernels.spec import OPS, spec_of
+from thalweg.kernels.triton.backend import triton_hashes
 from thalweg.kernels.triton.ceilings import sheet_limits
+from thalweg.kernels.triton.offline import ARCHITECTURES
 from thalweg.kernels.triton.sources import source_hash
 from thalweg.kernels.triton.stopwatch import HostClock
 from thalweg.kernels.triton.timing import SERIES, record, series
@@ -87,6 +89,16 @@ def test_evidence_is_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "triton_checked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in INTERPRETED))
     found = read_evidence(tmp_path, HASHES)
     assert found.checked == INTERPRETED and found.compiled == ()
+
+
+@pytest.mark.parametrize("op", [spec.name for spec in OPS])
+def test_what_is_recorded_is_of_the_present_kernels(op: str) -> None:
+    """A change of a kernel needs its evidence anew: docs/gpu-kernels.md says how to record it."""
+    pytest.importorskip("triton")
+    recorded = read_evidence(Path(__file__).parents[2] / "benchmarks" / "results", triton_hashes())
+    for arch in ARCHITECTURES:
+        found = maturity(spec_of(op), arch, recorded)
+        assert found.level >= 2, f"{arch}: {found.why_not}"
 
 
 def test_a_hash_covers_what_a_kernel_file_imports() -> None:
