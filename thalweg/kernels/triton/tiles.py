@@ -103,7 +103,7 @@ def times(acc, w, x):
 @triton.jit
 def power_of_two(byte):
     """e8m0 as bfloat16: the byte is its exponent, and 2^-127 is half of the least normal number."""
-    return tl.maximum(byte.to(tl.int16) << 7, 64).to(tl.bfloat16, bitcast=True)
+    return tl.maximum(byte.to(tl.int16) << 7, 64).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
