@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.commit import commit_name
+from thalweg.cli.kernel_names import appended, facts_of
 from thalweg.config.accelerators import Accelerator, accelerators
 from thalweg.config.model_parse import load_model_config
 from thalweg.kernels.backends import TRITON, Backend, every_backend
@@ -65,33 +65,21 @@ def main() -> None:
 
 def device_facts() -> dict[str, Any]:
     """What a time depends on besides the kernel."""
-    import triton
-
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"sm_{10 * major + minor}a"
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"],
         capture_output=True,
         text=True,
         check=False,
     ).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "arch": arch,
-        "where": arch,
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit_name(),
-    }
+    return facts_of(TRITON) | {"driver": driver}
 
 
 @contextmanager
 def lines(path: Path, facts: dict[str, Any], hashes: dict[str, str]) -> Iterator[Write]:
     """Takes records of ops and writes each as a line at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", buffering=1) as file:
-        yield lambda line: print(json.dumps(line | {"sources": hashes.get(line["op"])} | facts), file=file)
+    with appended(path) as write:
+        yield lambda line: write(line | {"sources": hashes.get(line["op"])} | facts)
 
 
 def checked(backend: Backend, write: Write) -> None:

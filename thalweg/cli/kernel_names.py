@@ -83,19 +83,20 @@ def commit_of_sources() -> str | None:
         return None
 
 
-def facts_of(op: str, backend: str) -> dict[str, Any]:
-    """What a record about an op of a backend must say to be held against it later: where it ran, and what of."""
+def facts_of(backend: str) -> dict[str, Any]:
+    """What a record about a backend must say to be held against it later: where it ran, and by what."""
     import torch
 
-    from thalweg.kernels.triton.backend import interpreting, triton_hashes
+    from thalweg.kernels.triton.backend import interpreting
 
     facts: dict[str, Any] = {"commit": commit_of_sources(), "torch": torch.__version__}
     if backend != "triton":
         return facts | {"where": "cpu"}
     import triton
 
-    facts |= {"triton": triton.__version__, "sources": triton_hashes().get(op)}
+    facts["triton"] = triton.__version__
     if interpreting():
         return facts | {"where": "interpreter"}
     major, minor = torch.cuda.get_device_capability()
-    return facts | {"where": f"sm_{10 * major + minor}a", "device": torch.cuda.get_device_name()}
+    arch = f"sm_{10 * major + minor}a"
+    return facts | {"where": arch, "arch": arch, "device": torch.cuda.get_device_name()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from thalweg.cli.report_page import document
 from thalweg.kernels.maturity import LEVELS
 from thalweg.kernels.spec import OPS
 
@@ -28,13 +28,7 @@ def page(model: str, found: Sequence[Maturity], lines: Sequence[dict[str, Any]])
         "<h2>Floors, times and what is published</h2>",
         *(_shapes(device, lines) for device in dict.fromkeys(line["device"] for line in lines)),
     ]
-    style = (resources.files("thalweg") / "data" / "report.css").read_text()
-    title = f"thalweg: kernel maturity, {escape(model)}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return document(f"thalweg: kernel maturity, {model}", body)
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

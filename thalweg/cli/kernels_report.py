@@ -69,10 +69,11 @@ def shape_lines(model: str, found: list[Maturity]) -> list[dict[str, Any]]:
     from thalweg.kernels.triton.ceilings import sheet_limits
 
     timed = {(line["device"], line["op"], line["shape"]): line for one in found for line in one.timed}
+    limits = {name: sheet_limits(accelerator(name)) for name in DEVICES}
     lines = []
     for case in serving_cases(load_model_config(model)):
         for name in DEVICES:
-            least = floor(spec_of(case.op), case.sizes, sheet_limits(accelerator(name)))
+            least = floor(spec_of(case.op), case.sizes, limits[name])
             ours = next(
                 (line for key, line in timed.items() if name in key[0] and key[1:] == (case.op, case.shape)), None
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,15 +52,25 @@ def verify(
     with bar() as progress, device:
         task = progress.add_task("verifying", total=len(cases))
         found = verdicts(backends, cases, seed, lambda: progress.advance(task), inputs)
-    with appended(out) as write:
-        for verdict in found:
-            write(_verdict_facts(verdict) | {"seed": seed} | facts_of(verdict.op, verdict.backend))
+    if out is not None:
+        _record(found, seed, out)
     if json_:
         print(json.dumps({"seed": seed, "verdicts": [_verdict_facts(verdict) for verdict in found]}))
     else:
         _print_verdicts(found)
     if any(verdict.failures for verdict in found):
         raise typer.Exit(1)
+
+
+def _record(found: list[Verdict], seed: int, out: Path) -> None:
+    from thalweg.kernels.triton.backend import triton_hashes
+
+    facts = {backend: facts_of(backend) for backend in {verdict.backend for verdict in found}}
+    hashes = triton_hashes() if TRITON in facts else {}
+    with appended(out) as write:
+        for verdict in found:
+            sources = {"sources": hashes.get(verdict.op)} if verdict.backend == TRITON else {}
+            write(_verdict_facts(verdict) | {"seed": seed} | facts[verdict.backend] | sources)
 
 
 def _verdict_facts(verdict: Verdict) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from thalweg.cli.plan_run import accuracy_lines, far_text, origins_text, seconds_text, table_row
+from thalweg.cli.report_page import document
 from thalweg.planner import charts, curves
 from thalweg.planner.platform import gib
 
@@ -40,13 +40,7 @@ def page(advice: Advice, scores: Sequence[Score], comparisons: Sequence[Comparis
     if advice.best is not None:
         body += [_memory(advice.best), *_pictures(advice, advice.best)]
     body += ["<h2>How wrong this may be</h2>", _errors(scores, comparisons)]
-    style = (resources.files("thalweg") / "data" / "report.css").read_text()
-    title = f"thalweg plan: {escape(demand.name)} on {escape(advice.platform.name)}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}{_STYLE}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return document(f"thalweg plan: {demand.name} on {advice.platform.name}", body, _STYLE)
 
 
 def _table(columns: Iterable[str], rows: Iterable[Sequence[str]], keep: int = 0) -> str:

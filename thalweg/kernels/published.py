@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 
 from thalweg.kernels.cases.serving import CHUNK, CONTEXTS, STEPS
@@ -45,6 +46,7 @@ def _figures() -> list[dict[str, str]]:
     return _rows("published_kernels.csv")
 
 
+@cache
 def _rows(*path: str) -> list[dict[str, str]]:
     text = resources.files("thalweg").joinpath("data", *path).read_text()
     return list(csv.DictReader(text.splitlines()))

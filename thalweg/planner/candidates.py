@@ -15,9 +15,8 @@ from thalweg.planner.demand import Demand
 from thalweg.planner.layout import ParallelLayout, Speculation
 from thalweg.planner.platform import Accelerators, Platform, Room, gib
 from thalweg.planner.replica import ReplicaSpec
-from thalweg.planner.scenario import DISK_LATENCY, DISK_READ_RATE, DISK_WRITE_RATE
+from thalweg.planner.scenario import tiers_of
 from thalweg.planner.serving import Serving, SplitServing
-from thalweg.planner.sim_tiers import TierSpec
 from thalweg.planner.spec import ReplicaOptions, replica_spec
 from thalweg.planner.speculation import Acceptance
 
@@ -88,11 +87,6 @@ def rank_spec(
 ) -> tuple[ReplicaSpec, Room]:
     """One rank's pools, or a share of them, limits and tiers. Raises ConfigError naming the budget that fails."""
     room = platform.room(candidate.layout, candidate.chunk_tokens, candidate.speculation)
-    tiers = []
-    if candidate.host_memory:
-        tiers.append(TierSpec("host", candidate.host_memory, platform.link, platform.link))
-    if candidate.disk_space:
-        tiers.append(TierSpec("disk", candidate.disk_space, DISK_READ_RATE, DISK_WRITE_RATE, DISK_LATENCY))
     kv, index = platform.formats
     options = ReplicaOptions(
         pool_memory=int(room.pool * pool_share),
@@ -103,7 +97,7 @@ def rank_spec(
         window_policy=candidate.window_policy,
         checkpoint_interval=candidate.checkpoint_interval,
         max_waiting=1 << 20,
-        tiers=tuple(tiers),
+        tiers=tiers_of(candidate.host_memory, candidate.disk_space, platform.link),
         acceptance=Acceptance(candidate.speculation, seed) if candidate.speculation else None,
     )
     return replica_spec(options, platform.model), room

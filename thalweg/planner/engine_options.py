@@ -5,8 +5,7 @@ from __future__ import annotations
 from thalweg.config.model import ModelConfig
 from thalweg.config.options import EngineOptions
 from thalweg.planner.replica import ReplicaSpec
-from thalweg.planner.scenario import DISK_LATENCY, DISK_READ_RATE, DISK_WRITE_RATE, HOST_RATE
-from thalweg.planner.sim_tiers import TierSpec
+from thalweg.planner.scenario import HOST_RATE, tiers_of
 from thalweg.planner.spec import ReplicaOptions, replica_spec
 from thalweg.planner.speculation import Acceptance
 
@@ -27,11 +26,7 @@ def spec_of(
     pool = options.kv_cache_memory or pool_memory
     host = options.kv_host_memory
     host = int(options.kv_host_ratio * pool) if host is None else host
-    tiers = []
-    if host and options.enable_prefix_caching:
-        tiers.append(TierSpec("host", host, link, link))
-    if options.kv_disk_dir is not None and options.enable_prefix_caching:
-        tiers.append(TierSpec("disk", options.kv_disk_space, DISK_READ_RATE, DISK_WRITE_RATE, DISK_LATENCY))
+    disk = 0 if options.kv_disk_dir is None else options.kv_disk_space
     own = (options.kv_cache_dtype, options.index_cache_dtype)
     kv, index = (given if chosen == "auto" else chosen for chosen, given in zip(own, formats, strict=True))
     replica = ReplicaOptions(
@@ -46,7 +41,7 @@ def spec_of(
         enable_prefix_caching=options.enable_prefix_caching,
         max_waiting=options.max_waiting,
         max_queue_seconds=options.max_queue_seconds,
-        tiers=tuple(tiers),
+        tiers=tiers_of(host, disk, link) if options.enable_prefix_caching else (),
         acceptance=acceptance,
     )
     return replica_spec(replica, config)

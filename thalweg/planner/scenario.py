@@ -27,8 +27,8 @@ from thalweg.planner.trace import Session, read_trace
 from thalweg.planner.workload import workload_sessions
 
 HOST_RATE = 25e9  # bytes per second, where no hardware says what its link to the host does
-DISK_READ_RATE, DISK_WRITE_RATE = 6e9, 3e9  # of one good NVMe drive
-DISK_LATENCY = 1e-4
+_DISK_READ_RATE, _DISK_WRITE_RATE = 6e9, 3e9  # of one good NVMe drive
+_DISK_LATENCY = 1e-4
 STEP_COLUMNS = ("chunks", "decodes", "decode_tokens", "decode_context", "longest_context", "sampled", "seconds")
 
 
@@ -109,7 +109,7 @@ def simulation_of(scenario: Scenario) -> Simulation:
         enable_prefix_caching=scenario.enable_prefix_caching,
         max_waiting=scenario.max_waiting,
         max_queue_seconds=scenario.max_queue_seconds,
-        tiers=_tiers(scenario, link),
+        tiers=tiers_of(scenario.host_memory, scenario.disk_space, link),
         acceptance=Acceptance(speculation, scenario.seed) if speculation else None,
     )
     try:
@@ -163,10 +163,11 @@ def _ours(deployment: Deployment) -> Deployment:
     )  # fmt: skip
 
 
-def _tiers(scenario: Scenario, link: float) -> tuple[TierSpec, ...]:
+def tiers_of(host_memory: int, disk_space: int, link: float) -> tuple[TierSpec, ...]:
+    """The lower tiers of one replica, in bytes; 0: none. `link` is bytes per second to the host."""
     tiers = []
-    if scenario.host_memory:
-        tiers.append(TierSpec("host", scenario.host_memory, link, link))
-    if scenario.disk_space:
-        tiers.append(TierSpec("disk", scenario.disk_space, DISK_READ_RATE, DISK_WRITE_RATE, DISK_LATENCY))
+    if host_memory:
+        tiers.append(TierSpec("host", host_memory, link, link))
+    if disk_space:
+        tiers.append(TierSpec("disk", disk_space, _DISK_READ_RATE, _DISK_WRITE_RATE, _DISK_LATENCY))
     return tuple(tiers)

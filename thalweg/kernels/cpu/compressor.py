@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from thalweg.kernels.arguments import EntryTarget, RowRounding, Windows
+from thalweg.kernels.arguments import EntryTarget, Windows
 from thalweg.kernels.cpu.library import Library, address, wide
 from thalweg.kernels.cpu.quantize import round_index, round_index_fp8, round_kv
 from thalweg.kernels.cpu.rotary import norm_rotate
 from thalweg.kernels.cpu.rows import store_rows
-from thalweg.kernels.reference.compressor import tokens
+from thalweg.kernels.reference.compressor import rounded, tokens
 
 
 def compress(
@@ -43,13 +45,5 @@ def insert_entries(
 ) -> None:
     pooled = compress(library, *tokens(windows)).to(weight.dtype)
     entries = norm_rotate(library, pooled, weight, eps, cos, sin)
-    match target.rounding:
-        case RowRounding.KV:
-            entries = round_kv(library, entries, target.stored.rope_dim)
-        case RowRounding.INDEX:
-            entries = round_index(library, entries)
-        case RowRounding.INDEX_FP8:
-            entries = round_index_fp8(library, entries)
-        case RowRounding.NONE:
-            pass
-    store_rows(library, target.stored, target.slots, entries)
+    roundings = (partial(round_, library) for round_ in (round_kv, round_index, round_index_fp8))
+    store_rows(library, target.stored, target.slots, rounded(entries, target, *roundings))

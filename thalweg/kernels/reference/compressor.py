@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thalweg.kernels.arguments import EntryTarget, RowRounding, Windows
+from thalweg.kernels.ops import RoundIndex, RoundIndexFp8, RoundKv
 from thalweg.kernels.reference.quantize import round_index, round_index_fp8, round_kv
 from thalweg.kernels.reference.rotary import norm_rotate
 from thalweg.kernels.reference.rows import store_rows
@@ -23,16 +24,20 @@ def insert_entries(windows: Windows, weight: Tensor, eps: float, cos: Tensor, si
 def insert_pooled(pooled: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, target: EntryTarget) -> None:
     """What follows pooling."""
     entries = norm_rotate(pooled.to(weight.dtype), weight, eps, cos, sin)
+    store_rows(target.stored, target.slots, rounded(entries, target, round_kv, round_index, round_index_fp8))
+
+
+def rounded(entries: Tensor, target: EntryTarget, kv: RoundKv, index: RoundIndex, index_fp8: RoundIndexFp8) -> Tensor:
+    """Entries on their way to a target, by a backend's own roundings."""
     match target.rounding:
         case RowRounding.KV:
-            entries = round_kv(entries, target.stored.rope_dim)
+            return kv(entries, target.stored.rope_dim)
         case RowRounding.INDEX:
-            entries = round_index(entries)
+            return index(entries)
         case RowRounding.INDEX_FP8:
-            entries = round_index_fp8(entries)
+            return index_fp8(entries)
         case RowRounding.NONE:
-            pass
-    store_rows(target.stored, target.slots, entries)
+            return entries
 
 
 def tokens(windows: Windows) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -123,7 +123,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     begin = time.perf_counter()
     try:
         made = triton.compile(
-            _source(launch), target=GPUTarget("cuda", ARCHITECTURES[arch], _WARP), options=_options(launch)
+            _source(launch), target=GPUTarget("cuda", ARCHITECTURES[arch], _WARP), options=dict(launch.options)
         )
     except Exception as error:  # of any kind: each pass of the compiler has its own
         return _refused(launch, arch, time.perf_counter() - begin, error)
@@ -142,10 +142,6 @@ def _source(launch: Launch) -> Any:
     aligned = [n for n in names if signature[n].startswith("*") or n in launch.aligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(launch.kernel, signature, constants, attributes)
-
-
-def _options(launch: Launch) -> dict[str, Any]:
-    return dict(launch.options)
 
 
 def _inspected(binary: bytes) -> tuple[dict[str, int], str]:
