@@ -10,7 +10,8 @@ import pytest
 from thalweg.kernels.cpu.library import LibraryMissing, built_levels, load_library
 from thalweg.kernels.ops import Kernels
 from thalweg.kernels.registry import cpu_kernels, deterministic_kernels, reference_kernels
-from thalweg.kernels.triton.backend import TritonMissing, interpreting, triton_kernels
+from thalweg.kernels.triton.backend import TritonMissing, triton_kernels
+from thalweg.kernels.triton.mode import interpreting
 
 
 def _compiled() -> dict[str, Callable[[], Kernels]]:

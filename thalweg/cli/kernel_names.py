@@ -87,7 +87,7 @@ def facts_of(backend: str) -> dict[str, Any]:
     """What a record about a backend must say to be held against it later: where it ran, and by what."""
     import torch
 
-    from thalweg.kernels.triton.backend import interpreting
+    from thalweg.kernels.triton.mode import interpreting
 
     facts: dict[str, Any] = {"commit": commit_of_sources(), "torch": torch.__version__}
     if backend != "triton":

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import fields
 
 import torch
 
 from thalweg.kernels.ops import Kernels
+from thalweg.kernels.triton.mode import INTERPRET, interpreting
 from thalweg.kernels.triton.sources import source_hash
 
-INTERPRET = "TRITON_INTERPRET"  # Triton's own variable; it must be set before triton is imported
 _NOT_INSTALLED = "triton is not installed: pip install 'thalweg[gpu]'"
 
 
 class TritonMissing(Exception):
     """Why this process has no Triton kernels."""
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on a CPU."""
-    return os.environ.get(INTERPRET, "0") not in ("0", "")
 
 
 def compiler_missing() -> str:
@@ -48,10 +42,14 @@ def triton_hashes() -> dict[str, str]:
     """Hashes of the sources of every op that has a Triton kernel; none where triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return {}
+    return {op: source_hash(module.rpartition(".")[2]) for op, module in op_modules().items()}
+
+
+def op_modules() -> dict[str, str]:
+    """The module that each op with a Triton kernel comes from. Triton must be installed."""
     kernels = _kernels()
     modules = {field.name: getattr(kernels, field.name).__module__ for field in fields(Kernels)}
-    own = {op: module.rpartition(".")[2] for op, module in modules.items() if module.startswith(__package__ + ".")}
-    return {op: source_hash(module) for op, module in own.items()}
+    return {op: module for op, module in modules.items() if module.startswith(f"{__package__}.")}
 
 
 def _kernels() -> Kernels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 from thalweg.config.model import ModelConfig
 from thalweg.errors import ConfigError, nearest
+from thalweg.kernels.triton.backend import op_modules
 from thalweg.kernels.triton.launch import Launch
 
 ARCHITECTURES = {"sm_90a": 90, "sm_100a": 100, "sm_103a": 103}  # H100 and H200; B200 and GB200; B300 and GB300
@@ -51,21 +53,7 @@ class Compiled:
 
 def every_launch(config: ModelConfig) -> list[Launch]:
     """What serving this model launches, all kernel files, in the order of their names."""
-    from thalweg.kernels.triton import (
-        attention,
-        compressor,
-        hyper_connection,
-        indexer,
-        linear,
-        moe,
-        norm,
-        quantize,
-        rotary,
-        rows,
-        sampling,
-    )
-
-    files = (attention, compressor, hyper_connection, indexer, linear, moe, norm, quantize, rotary, rows, sampling)
+    files = [sys.modules[name] for name in sorted(set(op_modules().values()))]
     return [launch for file in files for launch in file.launches(config)]
 
 

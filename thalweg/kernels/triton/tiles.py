@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thalweg.kernels.arguments import FP8_BLOCK
-from thalweg.kernels.triton.backend import interpreting
+from thalweg.kernels.triton.mode import interpreting
 
 SCALES_PER_BLOCK = tl.constexpr(FP8_BLOCK)
 PAIRED = 128  # columns whose FP4 codes are rearranged together: a byte has column j of them and column j + 64
